@@ -1,0 +1,157 @@
+"""The records that every layer speaks in: drafts, verdicts, steps, statistics and guarantees.
+
+Shapes: B batch rows, K drafted elements, V vocabulary.  Nothing here computes; nothing here
+imports more than torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from torch import Tensor
+
+
+class Law(Enum):
+    """How a drafter comes by its guesses, which decides which verifiers are exact for it."""
+
+    DRAWN = "drawn"  # sampled from the distribution that the draft reports as `probs`
+    DETERMINISTIC = "deterministic"  # a function of earlier tokens: q is one-hot
+    GAUSSIAN = "gaussian"  # states drawn from Gaussians with reported means and standard deviations
+
+
+class Guarantee(Enum):
+    """What a run promises about its output, relative to the target as it is named and run."""
+
+    EXACT_LAW = "exact law"  # the output's law is the target's
+    EXACT_GREEDY = "exact greedy"  # the output is the target's own greedy trajectory
+    GROUP_EXACT = "group exact"  # the law of groups of tokens is the target's, not of their members
+    BOUNDED_ERROR = "bounded error"  # each committed step deviates by less than a printed tolerance
+    HEURISTIC = "heuristic"  # no promise: judged by quality metrics only
+
+    @staticmethod
+    def combine(parts: Iterable[Guarantee]) -> Guarantee:
+        """Return what a pipeline built from `parts` can still promise.
+
+        EXACT_LAW yields to EXACT_GREEDY; GROUP_EXACT and BOUNDED_ERROR survive only beside
+        EXACT_LAW; every other mixture is HEURISTIC.
+        """
+        distinct = set(parts) - {Guarantee.EXACT_LAW}
+        if not distinct:
+            return Guarantee.EXACT_LAW
+        return distinct.pop() if len(distinct) == 1 else Guarantee.HEURISTIC
+
+
+class Origin(Enum):
+    """Where a committed token came from; `--show_drafts` colours by it."""
+
+    ACCEPTED = "accepted"  # drafted, and it stood
+    CORRECTION = "correction"  # the target's token in place of the first rejected draft
+    BONUS = "bonus"  # the target's token after a wholly accepted draft
+    PLAIN = "plain"  # the target's token where nothing was drafted
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDraft:
+    """K drafted tokens and the law each was drawn from.  A chain is a tree with one branch."""
+
+    tokens: Tensor  # (B, K)
+    probs: Tensor | None  # (B, K, V), the paper's q; None: the drafter is deterministic, q is one-hot
+    lengths: Tensor  # (B,) how many of the K are real in each row
+    parents: Tensor | None = None  # (B, K) parent node, -1 for the last committed token; None: a chain
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Which drafted elements stand, and what the target puts in place of the first that does not."""
+
+    accepted: Tensor  # (B, K) bool; for a chain a prefix
+    correction: Tensor  # (B,) the token after the accepted prefix
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one round commits for one prompt; `text` is what newly became printable."""
+
+    prompt: int
+    tokens: list[int]
+    origins: list[Origin]
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished continuation: its text, its tokens and where each token came from."""
+
+    prompt: int
+    text: str
+    tokens: list[int]
+    origins: list[Origin]
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts of one run, from which every published number is derived (README, "Numbers")."""
+
+    modality: str
+    guarantee: Guarantee
+    prompts: int = 0
+    elements: int = 0  # tokens committed
+    target_calls: int = 0  # sequential target passes after the prefill
+    target_rows: int = 0  # positions those passes evaluated, over all batch rows
+    draft_calls: int = 0  # sequential drafter passes
+    seconds: float = 0.0
+    tested: list[int] = field(default_factory=list)  # by position: drafts reached by verification
+    accepted: list[int] = field(default_factory=list)  # by position: drafts that stood
+    full_rounds: int = 0  # row-rounds not cut by EOS, a stop string or the limit
+    full_committed: int = 0  # tokens committed in those
+    plain_rounds: int = 0  # row-rounds in which nothing was drafted
+    draft_lengths: int = 0  # drafted tokens, over full rounds
+    quantized: dict[str, object] = field(default_factory=dict)  # what torchao converted, by role
+
+    @property
+    def acceptance(self) -> float | None:
+        """Accepted over tested drafts, the first rejected counted as tested."""
+        return sum(self.accepted) / sum(self.tested) if sum(self.tested) else None
+
+    @property
+    def alphas(self) -> list[float]:
+        """alpha_i: acceptance of the i-th drafted token given that all before it stood."""
+        return [a / t for a, t in zip(self.accepted, self.tested, strict=True) if t]
+
+    @property
+    def accepted_length(self) -> float | None:
+        """tau: tokens committed by a target pass, correction or bonus included, full rounds only."""
+        return self.full_committed / self.full_rounds if self.full_rounds else None
+
+    @property
+    def mean_length(self) -> float | None:
+        """Mean number of drafted tokens in a full round."""
+        return self.draft_lengths / self.full_rounds if self.full_rounds else None
+
+    @property
+    def share_plain(self) -> float | None:
+        """Share of full rounds in which the drafter was not run."""
+        return self.plain_rounds / self.full_rounds if self.full_rounds else None
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the `--stats` object: the same keys in every modality."""
+        return {
+            "modality": self.modality,
+            "guarantee": self.guarantee.value,
+            "prompts": self.prompts,
+            "elements": self.elements,
+            "target_calls": self.target_calls,
+            "target_rows": self.target_rows,
+            "draft_calls": self.draft_calls,
+            "acceptance": self.acceptance,
+            "accepted_length": self.accepted_length,
+            "alphas": self.alphas,
+            "mean_length": self.mean_length,
+            "share_plain": self.share_plain,
+            "seconds": self.seconds,
+            "elements_per_second": self.elements / self.seconds if self.seconds else None,
+            "quantized": self.quantized,
+        }
