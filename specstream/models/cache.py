@@ -1,0 +1,128 @@
+"""One static key-value cache with a length per row.
+
+Append is a scatter at `lengths + i`, rollback is a smaller length, and the attention mask follows
+from the positions alone, so ragged prompts and ragged acceptance are the same code as batch 1 and
+every shape is fixed.  The cache does not hold the lengths: they belong to whoever decodes.  It
+holds one slot a token, also in sliding-window layers, where the mask does the windowing.
+
+A slot beyond a row's length may hold anything.  It is never read: a query at position t sees the
+slots 0..t, and the pass that brings a query to t has just written t.
+
+Shapes: B rows, T new tokens, C capacity, H key-value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one decoder layer, stored as (B * C, H * D) so that a write is one kernel."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, batch_size: int, capacity: int) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.capacity = capacity
+        self.slots: Tensor | None = None  # (B * T,) rows of the storage that the running pass writes
+        self.view = capacity  # how many slots of each row the running pass reads
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate zeroed storage like `key_states` (B, H, T, D); zeros keep masked slots finite."""
+        rows = self.batch_size * self.capacity
+        self.keys = key_states.new_zeros(rows, key_states.shape[1] * key_states.shape[3])
+        self.values = value_states.new_zeros(rows, value_states.shape[1] * value_states.shape[3])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write (B, H, T, D) at the pass's slots; return what it reads, (B, H, view, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.slots is not None, "a pass must be opened with SlotCache.open"
+        heads = key_states.shape[1]
+        self.keys.index_copy_(0, self.slots, key_states.transpose(1, 2).flatten(2).flatten(0, 1))
+        self.values.index_copy_(
+            0, self.slots, value_states.transpose(1, 2).flatten(2).flatten(0, 1)
+        )
+        return self._read(self.keys, heads), self._read(self.values, heads)
+
+    def _read(self, storage: Tensor, heads: int) -> Tensor:
+        rows = storage.view(self.batch_size, self.capacity, heads, -1)[:, : self.view]
+        return rows.transpose(1, 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a pass reads, and their offset."""
+        return self.view, 0
+
+    def get_seq_length(self) -> int:
+        """Rows have lengths of their own; positions are always given, so nothing reads this."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Slots in each row."""
+        return self.capacity
+
+    get_max_cache_shape = get_max_length  # the name in transformers before 5.2x
+
+
+class SlotCache(Cache):
+    """A static cache for `num_layers` decoder layers, B rows and C slots a row."""
+
+    def __init__(self, num_layers: int, batch_size: int, capacity: int) -> None:
+        super().__init__(layers=[SlotLayer(batch_size, capacity) for _ in range(num_layers)])
+        self.rows = batch_size
+        self.capacity = capacity
+
+    def open(self, positions: Tensor, view: int) -> None:
+        """Point the next pass at slots `positions` (B, T); it will read the first `view` slots."""
+        offsets = torch.arange(self.rows, device=positions.device)[:, None] * self.capacity
+        slots = (offsets + positions).flatten()
+        for layer in self.layers:
+            layer.slots, layer.view = slots, view
+
+    def close(self) -> None:
+        """Forget the pass, so that no tensor of it outlives it."""
+        for layer in self.layers:
+            layer.slots = None
+
+    def keep(self, source: Tensor, destination: Tensor) -> None:
+        """Copy slots `source` (B, N) onto slots `destination` (B, N): the kept path of a tree."""
+        offsets = torch.arange(self.rows, device=source.device)[:, None] * self.capacity
+        read, write = (offsets + source).flatten(), (offsets + destination).flatten()
+        for layer in self.layers:
+            layer.keys.index_copy_(0, write, layer.keys.index_select(0, read))
+            layer.values.index_copy_(0, write, layer.values.index_select(0, read))
+
+
+def attention_mask(
+    positions: Tensor, view: int, window: int | None = None, ancestors: Tensor | None = None
+) -> Tensor:
+    """Return which slots each query sees, (B, 1, T, view) bool.
+
+    `positions` (B, T) are the slots of the queries, and also their places in the sequence for a
+    chain.  `window` limits the look back (sliding attention).  `ancestors` (B, T, T) bool replaces
+    the causal order among the T queries themselves by a tree's: query i sees query j.
+    """
+    slots = torch.arange(view, device=positions.device)
+    reach = positions[:, :, None]
+    if ancestors is not None:
+        return _tree_mask(positions, slots, ancestors)
+    mask = slots <= reach
+    if window is not None:
+        mask = mask & (slots > reach - window)
+    return mask[:, None]
+
+
+def _tree_mask(positions: Tensor, slots: Tensor, ancestors: Tensor) -> Tensor:
+    """Everything before the first query, and each query's own ancestors; positions are contiguous."""
+    first = positions[:, :1, None]
+    offset = (slots - first).expand(positions.shape[0], positions.shape[1], slots.shape[0])
+    inside = (offset >= 0) & (offset < positions.shape[1])
+    related = ancestors.gather(2, offset.clamp(0, positions.shape[1] - 1))
+    return torch.where(inside, related, offset < 0)[:, None]

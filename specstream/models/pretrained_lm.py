@@ -1,0 +1,273 @@
+"""Causal language models of `transformers` as targets and as draft models.
+
+One adapter, no vendored modelling files.  It gives training what it needs (hidden states before
+the head, documents of a packed row kept apart) and decoding what it needs (one pass over the
+static cache).  It does not know who is target and who is draft, and keeps no state of decoding.
+
+Shapes: B rows, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from specstream.models.cache import SlotCache, attention_mask
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+HEAD_SCALINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class PretrainedLM(nn.Module):
+    """A causal LM with a key-value cache for each position, from a folder or the model hub.
+
+    `path` is a folder or a hub id; `dtype` one of float32, bfloat16, float16, or auto (bfloat16
+    where the hardware computes in it, else float32).  Raises ValueError in one line for a missing
+    path, damaged weights, or a model that the static cache cannot serve.
+    """
+
+    def __init__(self, path: str, dtype: str = "auto", attn_implementation: str = "sdpa") -> None:
+        super().__init__()
+        self.path = path
+        self._adopt(load_model(path, resolve_dtype(dtype), attn_implementation))
+
+    def _adopt(self, model: PreTrainedModel) -> None:
+        refuse_unsupported(model.config)
+        self.model = model
+        self.config: PretrainedConfig = model.config
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self.num_layers: int = model.config.num_hidden_layers
+        self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.windows = layer_windows(model.config)
+
+    @property
+    def head(self) -> nn.Module:
+        """The output projection, D -> V."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the weights are in."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device the weights are on."""
+        return self.model.device
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        """Return the last hidden states before the head, (B, T, D), without a cache.
+
+        `tokens`, `positions` and `documents` are (B, T); a token attends to earlier tokens of its
+        own document only, and -1 marks padding.  Without `documents` a row is one document.
+        Raises ValueError where the model rescales its logits after the head, because a loss on
+        these hidden states would then not be a loss on the model's law.
+        """
+        scaled = [name for name in HEAD_SCALINGS if getattr(self.config, name, None) not in (None, 1)]
+        if scaled:
+            raise ValueError(f"training a model with {scaled[0]} in its config is not supported")
+        mask = None if documents is None else self._masks(*document_mask(documents))
+        base = self.model.base_model
+        output = base(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
+        )
+        return output.last_hidden_state
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        """Return logits (B, T, V) without a cache; arguments as in `hidden`."""
+        return self.head(self.hidden(tokens, positions, documents))
+
+    def new_cache(self, batch_size: int, capacity: int) -> SlotCache:
+        """Return an empty static cache for `batch_size` rows of `capacity` slots."""
+        return SlotCache(self.num_layers, batch_size, capacity)
+
+    def extend(self, tokens: Tensor, lengths: Tensor, cache: SlotCache, view: int) -> Tensor:
+        """Run one pass over `cache`: write `tokens` (B, T) at slots lengths + i, return (B, T, V).
+
+        `lengths` (B,) is what each row holds already; `view` is how many slots the pass reads and
+        bounds lengths + T.  Only the cache is changed.
+        """
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = lengths[:, None] + steps  # (B, T)
+        cache.open(positions, view)
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=self._masks(positions, view),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.close()
+        return output.logits
+
+    def _masks(self, positions: Tensor, view: int | Tensor) -> Any:
+        """One mask, or one for each kind of layer where a model mixes them."""
+
+        def build(window: int | None) -> Tensor:
+            if isinstance(view, int):
+                return attention_mask(positions, view, window)
+            mask = view  # (B, 1, T, T): documents kept apart
+            if window is not None:
+                steps = torch.arange(mask.shape[-1], device=mask.device)
+                mask = mask & (steps[:, None] - steps < window)
+            return mask
+
+        masks = {name: build(window) for name, window in self.windows.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade recomputation for activation memory in training."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Write an ordinary `transformers` folder that any runtime loads: bfloat16 safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        state = {
+            name: tensor.detach().to(torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in self.model.state_dict().items()
+            if name not in tied
+        }
+        from safetensors.torch import save_file
+
+        config = self.config.to_dict() | {
+            "dtype": "bfloat16",
+            "architectures": [type(self.model).__name__],
+        }
+        save_file(
+            {name: tensor.contiguous().cpu() for name, tensor in state.items()},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+class UntrainedLM(PretrainedLM):
+    """A causal LM with fresh weights, from the numbers that size it.
+
+    `architecture` is a `transformers` model type of the Llama family (llama, qwen2, qwen3,
+    mistral, ...).  Weights are drawn from `seed` alone, float32.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        max_positions: int = 1024,
+        tie_embeddings: bool = True,
+        architecture: str = "llama",
+        attn_implementation: str = "sdpa",
+        seed: int = 0,
+    ) -> None:
+        nn.Module.__init__(self)
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
+        try:
+            config = AutoConfig.for_model(
+                architecture,
+                vocab_size=vocab_size,
+                hidden_size=hidden_size,
+                intermediate_size=intermediate_size,
+                num_hidden_layers=num_layers,
+                num_attention_heads=num_heads,
+                num_key_value_heads=num_kv_heads or num_heads,
+                head_dim=hidden_size // num_heads,
+                max_position_embeddings=max_positions,
+                tie_word_embeddings=tie_embeddings,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        except ValueError as error:
+            raise ValueError(f"architecture {architecture!r} is not a transformers model type") from error
+        self.path = ""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=attn_implementation
+            )
+        self._adopt(model)
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """Turn a dtype's name into the dtype; `auto` is bfloat16 where the hardware computes in it."""
+    if name == "auto":
+        fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_model(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    """Load a causal LM from a folder or hub id; one ValueError line for whatever goes wrong."""
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(path)
+    if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") != 1):
+        raise ValueError(f"no model folder at {path!r}")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{path!r} holds no config.json, so it is not a model folder")
+    try:
+        config = AutoConfig.from_pretrained(path)
+        refuse_unsupported(config)
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation
+        )
+    except (OSError, SafetensorError, RuntimeError, json.JSONDecodeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot load a model from {path!r}: {first}") from error
+
+
+def refuse_unsupported(config: PretrainedConfig) -> None:
+    """Raise ValueError, naming the reason, for a model that a slot a token cannot serve."""
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model type {kind!r} is an encoder-decoder, not a causal language model")
+    if kind in {"bloom", "mpt"} or getattr(config, "alibi", False):
+        raise ValueError(f"model type {kind!r} uses ALiBi positions, which are not supported")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"model type {kind!r} is not a causal language model of transformers")
+    kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    stateful = {"mamba", "mamba2", "rwkv", "xlstm", "falcon_mamba", "recurrent_gemma", "jamba", "zamba"}
+    if kinds or kind in stateful:
+        found = ", ".join(sorted(kinds)) or "recurrent"
+        raise ValueError(f"model type {kind!r} has {found} layers; only attention is supported")
+
+
+def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
+    """Return the look-back of each kind of layer; None sees everything."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return {k: window if k == "sliding_attention" else None for k in dict.fromkeys(kinds)}
+    return {"full_attention": window if getattr(config, "use_sliding_window", True) else None}
+
+
+def document_mask(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (documents, mask (B, 1, T, T) bool): causal, within a document, padding sees itself."""
+    steps = torch.arange(documents.shape[1], device=documents.device)
+    same = documents[:, :, None] == documents[:, None, :]
+    return documents, (same & (steps[:, None] >= steps))[:, None]
