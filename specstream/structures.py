@@ -155,3 +155,15 @@ class Stats:
             "elements_per_second": self.elements / self.seconds if self.seconds else None,
             "quantized": self.quantized,
         }
+
+
+@dataclass(slots=True)
+class Context:
+    """The committed tokens of a batch: what a drafter may look at, and what a pipeline extends."""
+
+    tokens: Tensor  # (B, C) committed tokens; beyond a row's length, anything
+    lengths: Tensor  # (B,) committed tokens in each row
+    prompts: Tensor  # (B,) index of each row's prompt, which keys its noise
+    active: Tensor  # (B,) bool, rows that still decode
+    seen: Tensor | None  # (B, V) bool, tokens that a row holds; kept for warpers with memory only
+    history: list[list[int]]  # the committed tokens once more, on the host
