@@ -1,0 +1,84 @@
+"""Every shipped YAML says what it is and parses against the real signatures, without running."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+TRAIN = [path for path in CONFIGS if path.parts[1] == "train"]
+
+
+class Parsed(Exception):
+    """Raised in place of building anything."""
+
+
+def _head(path: Path) -> str:
+    lines = (ROOT / path).read_text().splitlines()
+    end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    return "\n".join(lines[:end])
+
+
+def _blocks(node: Any) -> Iterator[dict[str, Any]]:
+    """Yield every class_path/init_args block of a parsed YAML, outermost first."""
+    if isinstance(node, dict):
+        if "class_path" in node:
+            yield node
+        for value in node.values():
+            yield from _blocks(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _blocks(value)
+
+
+def _class(name: str) -> type:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_a_config_opens_with_its_command_and_hardware(path: Path) -> None:
+    head = _head(path)
+    assert f"--config {path.as_posix()}" in head
+    assert re.search(r"\b(CPU|GPU)s?\b", head), "say on what hardware"
+    assert re.search(r"\b(second|minute|hour)s?\b", head), "say how long it takes"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_every_block_names_a_class_and_its_own_arguments(path: Path) -> None:
+    for block in _blocks(yaml.safe_load((ROOT / path).read_text())):
+        accepted = inspect.signature(_class(block["class_path"])).parameters
+        assert set(block) <= {"class_path", "init_args"}
+        unknown = set(block.get("init_args") or {}) - set(accepted)
+        assert not unknown, f"{block['class_path']} does not accept {unknown}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_a_config_reads_nothing_outside_the_repository(path: Path) -> None:
+    text = (ROOT / path).read_text()
+    assert not re.findall(r"(?:^|[\s\"'])(?:/|~/|\.\./)[\w.]", text)
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=str)
+def test_a_training_config_parses_as_train_py_parses_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = pytest.importorskip("specstream.training.command")
+
+    class ParseOnly(command.TrainCLI):  # type: ignore[name-defined]
+        def before_instantiate_classes(self) -> None:
+            raise Parsed
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setattr(command, "TrainCLI", ParseOnly)
+    with pytest.raises(Parsed):
+        command.run_training(["--config", str(path)])
