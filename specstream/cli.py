@@ -1,0 +1,50 @@
+"""The command lines: one parser each, and every mistake of the user is one line and exit code 2."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+
+def train(arguments: Sequence[str] | None = None) -> int:
+    """`python train.py --config X.yaml [--any.key value] [--ckpt_path last] [--overwrite true]`.
+
+    Returns the exit code: 0 done, 1 the run failed in one explained line, 2 the configuration is wrong,
+    130 after Ctrl-C and 143 after SIGTERM, both with `last.ckpt` saved.
+    """
+    quiet_known_noise()
+    from specstream.training.command import run_training
+
+    try:
+        return run_training(list(sys.argv[1:] if arguments is None else arguments))
+    except ValueError as error:
+        return report(error)
+
+
+def report(error: Exception) -> int:
+    """Print a user's mistake as one line on stderr; returns the exit code 2."""
+    text = " ".join(str(error).split())
+    print(text if text.startswith("config error") else f"error: {text}", file=sys.stderr)
+    return 2
+
+
+def quiet_known_noise() -> None:
+    """Silence exactly the library lines that no user can act on; all other warnings stay.
+
+    Called by the entry points before those libraries are imported, never on import.
+    """
+    # torchao tries CUDA libraries at import and reports each that a CPU build lacks
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    # lightning: tips for its own products, and the device table of a run that names its devices anyway
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # tests and notebooks call train() with arguments while sys.argv has its own
+    warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")
+    # torchao registers its enums in a way that newer torch no longer needs
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # lightning's own leftovers of older torch
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
+    # its default number of loader processes is a guess about machines: ours is set in the data module
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    # whether a run folder may be written is decided by our own rules
+    warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty.*")

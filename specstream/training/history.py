@@ -1,0 +1,80 @@
+"""The metrics of a run as JSON lines in its folder, whatever other logger is used, and their plot."""
+
+import json
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class HistoryLogger(Logger):
+    """Appends one JSON object to `metrics.jsonl` each time metrics are logged.
+
+    Each object has `step` (optimizer steps done), `seconds` since this process began, and the metrics.
+    """
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        self.path = run / "metrics.jsonl"
+        self.start = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        return "history"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run folder has config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"step": step, "seconds": round(time.monotonic() - self.start, 2)}
+        row |= {name: float(f"{value:.6g}") for name, value in metrics.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    @rank_zero_only
+    def forget_after(self, step: int) -> None:
+        """Drop rows past `step`, which a resumed run will write again."""
+        if not self.path.exists():
+            return
+        rows = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        self.path.write_text("".join(f"{row}\n" for row in rows))
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """Rows of a `metrics.jsonl`, in the order they were written."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def plot_losses(history: Path, picture: Path) -> None:
+    """Draw train and validation loss over optimizer steps."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    rows = read_history(history)
+    figure, axes = plt.subplots(figsize=(6, 3.5), dpi=100, layout="constrained")
+    for name, style in (("train/loss", "-"), ("val/loss", "o-")):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name, markersize=3, linewidth=1)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture)
+    plt.close(figure)

@@ -1,0 +1,72 @@
+"""The folder of one training run: what lies in it, and when it may be written.
+
+    checkpoints/<name>/
+        config.yaml  provenance.json  metrics.jsonl  loss.png
+        last.ckpt  best.ckpt          every trained tensor, and what resuming needs
+        draft/ or model/              what generation loads
+
+A run that exists is refused, unless it is resumed or `--overwrite true` is given.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+WRITTEN_FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "loss.png", "samples.jsonl", "wandb.json")
+WRITTEN_FOLDERS = ("draft", "model", "wandb")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run, and the rules for opening it."""
+
+    path: Path
+
+    @property
+    def last(self) -> Path:
+        return self.path / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.ckpt"
+
+    def exists(self) -> bool:
+        """Whether a training has written here."""
+        names = (*WRITTEN_FILES, *WRITTEN_FOLDERS)
+        return any((self.path / name).exists() for name in names) or any(self.path.glob("*.ckpt"))
+
+    def open(self, overwrite: bool, ckpt_path: str | None) -> Path | None:
+        """Apply the rules; returns the checkpoint to resume from, or None to start anew.
+
+        ckpt_path: `last`, `best` or the path of a checkpoint.
+        Raises ValueError when the run exists and neither resuming nor overwriting was asked for, or when the
+        checkpoint to resume from does not exist.  Creates nothing, except that overwriting removes what an
+        earlier run wrote.
+        """
+        if ckpt_path is not None:
+            named = {"last": self.last, "best": self.best}
+            checkpoint = named.get(ckpt_path, Path(ckpt_path))
+            if not checkpoint.exists():
+                raise ValueError(f"ckpt_path: '{ckpt_path}' needs {checkpoint}, which does not exist{self._offer()}")
+            return checkpoint
+        if self.exists():
+            if not overwrite:
+                raise ValueError(
+                    f"run: '{self.path}' exists already; give --ckpt_path last to resume it, "
+                    "--overwrite true to replace it, or --run another folder"
+                )
+            self.clear()
+        return None
+
+    def clear(self) -> None:
+        """Remove what an earlier run wrote, and nothing else."""
+        for name in WRITTEN_FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for checkpoint in self.path.glob("*.ckpt*"):
+            checkpoint.unlink()
+        for name in WRITTEN_FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def _offer(self) -> str:
+        found = sorted(str(path) for path in self.path.glob("*.ckpt"))
+        return f"; there is {', '.join(found)}" if found else ""
