@@ -1,18 +1,41 @@
 """Lightning data modules and the text sources they read.
 
-`TextDataModule` is imported on first use: the sources and prompt files do not need lightning.
+Reading order: `sources` (what text), `encoding` (tokens and mask), `packing` (rows), `preparation`
+(splits on disk), `loader` (the order of batches), `text` (the data module).  `TextDataModule` is
+imported on first use: sources and prompt files do not need lightning.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from specstream.data.sources import Document, Segment, StdlibSource, TextSource
+from specstream.data.chat import ChatMessages
+from specstream.data.encoding import encode_prompt
+from specstream.data.prompts import PromptFile
+from specstream.data.sources import (
+    Document,
+    PromptCompletion,
+    RawText,
+    Segment,
+    StdlibSource,
+    TextSource,
+)
 
 if TYPE_CHECKING:
     from specstream.data.text import TextDataModule
 
-__all__ = ["Document", "Segment", "StdlibSource", "TextDataModule", "TextSource"]
+__all__ = [
+    "ChatMessages",
+    "Document",
+    "PromptCompletion",
+    "PromptFile",
+    "RawText",
+    "Segment",
+    "StdlibSource",
+    "TextDataModule",
+    "TextSource",
+    "encode_prompt",
+]
 
 
 def __getattr__(name: str) -> Any:

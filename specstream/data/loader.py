@@ -12,6 +12,7 @@ resumed in the middle of an epoch goes on with the very next batch.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,15 +23,17 @@ from specstream.data.packing import PackedRows, restarting_positions
 
 Batch = dict[str, Tensor]
 
+FILLING = -1  # stands for a row without a scored token
+
 
 class RowDataset(Dataset):
-    """Maps a list of row numbers to a batch; the number -1 is a row without a scored token."""
+    """Maps a list of B row numbers to a batch of (B, T) tensors."""
 
     def __init__(self, rows: PackedRows) -> None:
         self.rows = rows
 
     def __getitem__(self, numbers: list[int]) -> Batch:
-        real = np.asarray(numbers) >= 0
+        real = np.asarray(numbers) != FILLING
         index = np.where(real, numbers, 0)
         documents = np.asarray(self.rows.documents[index])
         scored = np.asarray(self.rows.scored[index]) & real[:, None]
@@ -43,7 +46,7 @@ class RowDataset(Dataset):
 
 
 class EpochOrder:
-    """Holds the epoch; Lightning finds it as `loader.sampler` and calls `set_epoch`."""
+    """The order of the rows in an epoch; Lightning calls `set_epoch`."""
 
     def __init__(self, num_rows: int, seed: int, shuffle: bool) -> None:
         self.num_rows = num_rows
@@ -52,13 +55,52 @@ class EpochOrder:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch."""
         self.epoch = epoch
 
-    def __call__(self) -> np.ndarray:
-        """Return the row numbers of this epoch in order, (R,)."""
+    def row_numbers(self) -> np.ndarray:
+        """Return the rows of this epoch in order, (R,)."""
         if not self.shuffle:
             return np.arange(self.num_rows)
         return np.random.default_rng([self.seed, self.epoch]).permutation(self.num_rows)
+
+
+class GlobalBatches:
+    """Cuts the order into global batches and takes the share of one process.
+
+    Named and shaped as a `DataLoader`'s batch sampler: Lightning looks for
+    `loader.batch_sampler.sampler` to set the epoch.
+    """
+
+    def __init__(
+        self, sampler: EpochOrder, batch_size: int, drop_last: bool, rank: int, world_size: int
+    ) -> None:
+        self.sampler = sampler
+        self.global_batch_size = batch_size * world_size
+        self.drop_last = drop_last
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        if self.drop_last:
+            return self.sampler.num_rows // self.global_batch_size
+        return -(-self.sampler.num_rows // self.global_batch_size)
+
+    def row_numbers(self) -> list[list[int]]:
+        """Return the row numbers of every batch of this process, len(self) lists of B."""
+        order = self.sampler.row_numbers()
+        size = len(self) * self.global_batch_size
+        filled = np.full(size, FILLING)
+        filled[: min(size, len(order))] = order[:size]
+        return filled.reshape(len(self), -1)[:, self.rank :: self.world_size].tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which process of how many."""
+
+    rank: int = 0
+    world_size: int = 1
 
 
 class RowLoader:
@@ -67,11 +109,11 @@ class RowLoader:
     Args:
         rows: the packed rows of a split.
         batch_size: B, rows of each process.
-        seed, shuffle: the order is `EpochOrder`; without `shuffle` it is that of the rows.
+        seed, shuffle: of the order; without `shuffle` it is that of the rows.
         drop_last: leave out an incomplete global batch; otherwise it is filled up with rows
             without scored tokens, so that every process has the same number of equal batches.
-        rank, world_size: which process of how many.
-        num_workers, pin_memory: as in `DataLoader`.
+        place: which process of how many.
+        num_workers: processes that make the batches; 0 makes them in this one, which is quick.
 
     Raises ValueError when there is not one batch.
     """
@@ -83,66 +125,67 @@ class RowLoader:
         seed: int = 0,
         shuffle: bool = False,
         drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
+        place: Place = Place(),
         num_workers: int = 0,
-        pin_memory: bool = False,
     ) -> None:
-        self.global_batch_size = batch_size * world_size
-        if len(rows) == 0 or (drop_last and len(rows) < self.global_batch_size):
+        order = EpochOrder(len(rows), seed, shuffle)
+        self.batch_sampler = GlobalBatches(
+            order, batch_size, drop_last, place.rank, place.world_size
+        )
+        if len(self.batch_sampler) == 0:
             raise ValueError(
                 f"the data gives {len(rows)} rows of {rows.tokens.shape[1]} tokens, fewer than "
-                f"one global batch of {self.global_batch_size}: use more data, a smaller "
-                "batch_size or a smaller sequence_length"
+                f"one global batch of {self.batch_sampler.global_batch_size}: use more data, a "
+                "smaller batch_size or a smaller sequence_length"
             )
-        self.dataset = RowDataset(rows)
-        self.sampler = EpochOrder(len(rows), seed, shuffle)
-        self.drop_last = drop_last
-        self.rank = rank
-        self.world_size = world_size
+        self.rows = RowDataset(rows)
         self.num_workers = num_workers
-        self.pin_memory = pin_memory
+        self._epoch = 0  # of the batches counted
         self._batches_done = 0
-        self._resume_at = 0
+        self._resuming = False
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose order is used next."""
+        return self.batch_sampler.sampler.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch where no trainer does."""
+        self.batch_sampler.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        if self.drop_last:
-            return len(self.dataset.rows) // self.global_batch_size
-        return -(-len(self.dataset.rows) // self.global_batch_size)
+        return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator: epoch and resume point are read at the first `next`, after Lightning set them
-        first, self._resume_at = self._resume_at, 0
-        self._batches_done = first
+        # A generator, so epoch and place are read at the first `next`: Lightning makes the
+        # iterator before it sets the epoch
+        resumed = self._resuming and self.epoch == self._epoch
+        first = self._batches_done if resumed else 0
+        self._resuming = False
+        self._epoch, self._batches_done = self.epoch, first
         for batch in self._batches(first):
             self._batches_done += 1
             yield batch
 
     def _batches(self, first: int) -> Iterator[Batch]:
         loader = DataLoader(
-            self.dataset,
+            self.rows,
             batch_size=None,
-            sampler=self._row_numbers()[first:],
+            sampler=self.batch_sampler.row_numbers()[first:],
             num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
+            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # or the loader would draw from the global noise
         )
         return iter(loader)
 
-    def _row_numbers(self) -> list[list[int]]:
-        """Return the row numbers of every batch of this process, len(self) lists of B."""
-        order = self.sampler()
-        size = len(self) * self.global_batch_size
-        filled = np.full(size, -1)
-        filled[: min(size, len(order))] = order[:size]
-        mine = filled.reshape(len(self), -1)[:, self.rank :: self.world_size]
-        return mine.tolist()
-
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.sampler.epoch, "batches_done": self._batches_done}
+        """Return how far the epoch has come, in rows of all processes."""
+        rows_done = self._batches_done * self.batch_sampler.global_batch_size
+        return {"epoch": self._epoch, "rows_done": rows_done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.sampler.set_epoch(state["epoch"])
-        finished = state["batches_done"] >= len(self)
-        self._resume_at = 0 if finished else state["batches_done"]
-        self._batches_done = self._resume_at
+        """Go on behind the last batch of a checkpoint, if the epoch is still the same."""
+        self._epoch = state["epoch"]
+        self._batches_done = state["rows_done"] // self.batch_sampler.global_batch_size
+        self._resuming = True
+        self.set_epoch(self._epoch)

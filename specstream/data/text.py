@@ -2,40 +2,74 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning as L
 from lightning.pytorch.strategies import ParallelStrategy
 
-from specstream.data.encoding import encode_documents
-from specstream.data.loader import RowLoader
-from specstream.data.packing import PackedRows, pack_stream
-from specstream.data.sources import Document, TextSource, held_out_position
-from specstream.data.tokenizer import load_tokenizer, train_tokenizer
+from specstream.data.cache import build_once, cache_folder, cache_key
+from specstream.data.loader import Place, RowLoader
+from specstream.data.packing import PackedRows
+from specstream.data.preparation import (
+    FORMAT_VERSION,
+    HeldOut,
+    Layout,
+    PreparedSplit,
+    Split,
+    evenly,
+    load_split,
+    prepare,
+)
+from specstream.data.sample import describe_mask, render_sample
+from specstream.data.sources import TextSource
+from specstream.data.tokenizer import (
+    SMALLEST_VOCABULARY,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 class TextDataModule(L.LightningDataModule):
-    """Rows of tokens from text, with held-out rows and held-out prompts.
+    """Packed rows of tokens from text, with held-out rows and held-out prompts.
 
     Batches are dictionaries of (B, T) tensors: `input_ids` long; `loss_mask` bool, True where
     `input_ids[b, t]` is to be predicted; `positions` long, restarting with every document;
     `documents` long, equal numbers belong together, -1 is padding.
 
+    The order of training batches is a pure function of (seed, epoch).  Every process takes its own
+    rows of a global batch, and the loaders are no `DataLoader`s, so `use_distributed_sampler` of
+    the trainer has no effect.  The last validation batch may hold rows without a scored token:
+    divide sums by the number of scored tokens, not by the number of rows.
+
     Args:
-        sources: where the text comes from.
-        tokenizer: folder or hub id of a tokenizer; None trains one on the training split.
+        sources: where the text comes from; several are mixed.
+        tokenizer: folder or hub id of a tokenizer; None trains a byte-level BPE tokenizer on the
+            training split.
         vocab_size: of the trained tokenizer.
         sequence_length: T.
         batch_size: B, rows of each process.
-        validation_fraction, test_fraction: share of the documents held out.
+        pack: several documents in a row; False gives each a row of its own.
+        validation_sources: a ready-made validation split; `sources` are then for training only.
+        test_sources: a ready-made test split; without it, but with `validation_sources`, the
+            test split is the validation split.
+        validation_fraction, test_fraction: otherwise the shares of the documents held out, chosen
+            by a hash of the document, so that they stay the same.
         prompt_tokens: length of the prompts cut from held-out raw text.
         num_workers: processes that make batches; 0 makes them in this one.
         seed: of the order of batches.
+        cache_dir: where prepared data is kept; None is `specstream` in the user's cache folder.
+        show_sample: print the first sample with its loss mask when training begins.
+
+    Raises ValueError for wrong options and missing files at once, before anything is created.
     """
 
     def __init__(
@@ -45,93 +79,214 @@ class TextDataModule(L.LightningDataModule):
         vocab_size: int = 2048,
         sequence_length: int = 256,
         batch_size: int = 16,
+        pack: bool = True,
+        validation_sources: list[TextSource] | None = None,
+        test_sources: list[TextSource] | None = None,
         validation_fraction: float = 0.05,
         test_fraction: float = 0.05,
         prompt_tokens: int = 64,
         num_workers: int = 0,
         seed: int = 0,
+        cache_dir: str | None = None,
+        show_sample: bool = True,
     ) -> None:
         super().__init__()
-        for source in sources:
-            source.check()
         self.sources = sources
+        self.validation_sources = validation_sources
+        self.test_sources = test_sources
         self.tokenizer_path = tokenizer
         self.vocab_size = vocab_size
-        self.sequence_length = sequence_length
+        self.layout = Layout(sequence_length, pack, prompt_tokens)
         self.batch_size = batch_size
-        self.validation_fraction = validation_fraction
-        self.test_fraction = test_fraction
-        self.prompt_tokens = prompt_tokens
+        self.held_out = HeldOut(validation_fraction, test_fraction)
         self.num_workers = num_workers
         self.seed = seed
+        self.cache_dir = cache_folder(cache_dir)
+        self.show_sample = show_sample
         self._tokenizer: PreTrainedTokenizerFast | None = None
-        self._rows: dict[Split, PackedRows] = {}
+        self._splits: dict[Split, PreparedSplit] = {}
+        self._check_options()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer, loaded or trained at the first use."""
         if self._tokenizer is None:
-            if self.tokenizer_path is not None:
-                self._tokenizer = load_tokenizer(self.tokenizer_path)
-            else:
-                texts = [document.text for document in self._documents("train")]
-                self._tokenizer = train_tokenizer(texts, self.vocab_size)
+            path = self.tokenizer_path or str(self._trained_tokenizer())
+            self._tokenizer = load_tokenizer(path)
         return self._tokenizer
 
+    def prepare_data(self) -> None:
+        """Tokenise and pack, unless it has been done; Lightning calls it in one process."""
+        self._prepared()
+
     def setup(self, stage: str | None = None) -> None:
-        for split in ("train", "validation", "test"):
-            self.rows(split)
+        """Map the prepared splits into memory; show the first sample in the first process."""
+        first_time = not self._splits
+        folder = self._prepared()
+        for split in SPLITS:
+            found = load_split(folder, split)
+            if found is not None:
+                self._splits[split] = found
+        is_first_process = self.trainer is None or self.trainer.is_global_zero
+        if self.show_sample and first_time and stage == "fit" and is_first_process:
+            from rich.console import Console
+
+            console = Console()
+            console.print(self.describe(), highlight=False, markup=False)
+            console.print(render_sample(self.tokenizer, self.rows("train")))
 
     def train_dataloader(self) -> RowLoader:
-        return self._loader("train", shuffle=True)
+        overfitting = self.trainer is not None and self.trainer.overfit_batches > 0
+        return self._loader("train", shuffle=not overfitting, drop_last=True)
 
-    def val_dataloader(self) -> RowLoader:
-        return self._loader("validation", shuffle=False)
+    def val_dataloader(self) -> RowLoader | list[RowLoader]:
+        if self._nothing_held_out(self.held_out.validation, self.validation_sources):
+            return []
+        return self._loader("validation", shuffle=False, drop_last=False)
 
     def test_dataloader(self) -> RowLoader:
-        return self._loader("test", shuffle=False)
+        return self._loader("test", shuffle=False, drop_last=False)
 
     def rows(self, split: Split) -> PackedRows:
-        """Return the packed rows of a split."""
-        if split not in self._rows:
-            documents = encode_documents(self.tokenizer, self._documents(split))
-            padding = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
-            self._rows[split] = pack_stream(documents, self.sequence_length, padding)
-        return self._rows[split]
+        """Return the packed rows of a split; raises ValueError when it is empty."""
+        return self._split(split).rows
 
     def prompts(self, n: int, split: Split = "validation") -> list[list[int]]:
-        """Return n held-out prompts: the same ones at every call."""
-        rows = self.rows(split)
-        whole = (rows.documents[:, : self.prompt_tokens] == 0).all(axis=1)
-        windows = rows.tokens[whole, : self.prompt_tokens]
-        if len(windows) < n:
-            raise ValueError(f"{n} prompts asked for, the {split} split has {len(windows)}")
-        chosen = [i * len(windows) // n for i in range(n)]
-        return windows[chosen].tolist()
+        """Return n held-out prompts as tokens: the same at every call, evenly over the sources.
 
-    def _documents(self, split: Split) -> list[Document]:
-        documents = (d for source in self.sources for d in source.documents())
-        return [d for d in documents if self._split_of(d) == split]
+        Raises ValueError when the split has fewer.
+        """
+        pools = [prompts for prompts in self._split(split).prompts if prompts]
+        total = sum(len(pool) for pool in pools)
+        if n > total:
+            raise ValueError(f"{n} prompts are asked for, but the {split} split gives {total}")
+        wanted = [0] * len(pools)
+        for _ in range(n):  # one more from the source that has given least and has one left
+            open_pools = [i for i, pool in enumerate(pools) if wanted[i] < len(pool)]
+            wanted[min(open_pools, key=lambda i: wanted[i])] += 1
+        return [
+            pool[i]
+            for pool, share in zip(pools, wanted, strict=True)
+            for i in evenly(len(pool), share).tolist()
+        ]
 
-    def _split_of(self, document: Document) -> Split:
-        position = held_out_position(document.key)
-        if position < self.validation_fraction:
-            return "validation"
-        held_out = self.validation_fraction + self.test_fraction
-        return "test" if position < held_out else "train"
+    def describe(self) -> str:
+        """Return a few lines: the size of every split and what was left out."""
+        self._split("train")
+        lines = []
+        for split, prepared in self._splits.items():
+            rows, reports = prepared.rows, prepared.reports
+            num_documents = sum(report.documents for report in reports)
+            num_tokens = sum(report.tokens for report in reports)
+            lines.append(
+                f"{split}: {num_documents:,} documents, {num_tokens:,} tokens, {len(rows):,} rows "
+                f"of {rows.tokens.shape[1]} ({describe_mask(rows)})"
+            )
+            lines += [
+                f"  {report.name}: {report.dropped:,} documents longer than a row left out"
+                for report in reports
+                if report.dropped
+            ]
+        return "\n".join(lines)
 
-    def _loader(self, split: Split, shuffle: bool) -> RowLoader:
-        rank, world_size = 0, 1
+    def _check_options(self) -> None:
+        layout, held_out = self.layout, self.held_out
+        if not self.sources:
+            raise ValueError("sources is empty: name at least one text source")
+        for name, value, least in (
+            ("sequence_length", layout.sequence_length, 2),
+            ("batch_size", self.batch_size, 1),
+            ("prompt_tokens", layout.prompt_tokens, 1),
+            ("num_workers", self.num_workers, 0),
+            ("vocab_size", self.vocab_size, SMALLEST_VOCABULARY),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        fractions = (held_out.validation, held_out.test)
+        if min(fractions) < 0 or math.fsum(fractions) >= 1:
+            raise ValueError(
+                "validation_fraction and test_fraction must be at least 0 and together less than "
+                f"1, not {fractions[0]} and {fractions[1]}"
+            )
+        for source in [*self.sources, *(self.validation_sources or []), *(self.test_sources or [])]:
+            source.check()
+
+    def _dealt(self) -> list[tuple[TextSource, HeldOut | Split]]:
+        """Return every source with the share that is held out, or the split it belongs to."""
+        held_out = HeldOut(
+            0.0 if self.validation_sources else self.held_out.validation,
+            0.0 if self.validation_sources or self.test_sources else self.held_out.test,
+        )
+        dealt: list[tuple[TextSource, HeldOut | Split]] = [(s, held_out) for s in self.sources]
+        dealt += [(source, "validation") for source in self.validation_sources or []]
+        dealt += [(source, "test") for source in self.test_sources or []]
+        return dealt
+
+    def _source_fingerprints(self) -> list[object]:
+        return [(type(s).__name__, s.fingerprint(), rule) for s, rule in self._dealt()]
+
+    def _trained_tokenizer(self) -> Path:
+        """Return the folder of the tokenizer trained on the training split."""
+        key = cache_key([FORMAT_VERSION, self.vocab_size, *self._source_fingerprints()])
+        folder = self.cache_dir / "tokenizers" / key
+
+        def build(temporary: Path) -> None:
+            texts = (
+                document.text
+                for source, rule in self._dealt()
+                if isinstance(rule, HeldOut)
+                for split, document in rule.deal(source.documents(None))
+                if split == "train"
+            )
+            train_tokenizer(texts, self.vocab_size).save_pretrained(temporary)
+
+        build_once(folder, build)
+        return folder
+
+    def _prepared(self) -> Path:
+        """Return the folder of the prepared splits, made if it is not there."""
+        parts = [FORMAT_VERSION, self.layout, tokenizer_fingerprint(self.tokenizer)]
+        folder = self.cache_dir / "text" / cache_key([*parts, *self._source_fingerprints()])
+
+        def build(temporary: Path) -> None:
+            prepare(temporary, self._dealt(), self.tokenizer, self.layout)
+
+        build_once(folder, build)
+        try:
+            load_split(folder, "train")
+        except (OSError, ValueError, EOFError):  # damaged by something else than this program
+            shutil.rmtree(folder)
+            build_once(folder, build)
+        return folder
+
+    def _split(self, split: Split) -> PreparedSplit:
+        if not self._splits:
+            self.setup()
+        if split == "test" and self.validation_sources and not self.test_sources:
+            split = "validation"
+        if split not in self._splits:
+            raise ValueError(
+                f"the {split} split is empty: raise {split}_fraction or give {split}_sources"
+                if split != "train"
+                else "the training split is empty: hold less out or use more data"
+            )
+        return self._splits[split]
+
+    @staticmethod
+    def _nothing_held_out(fraction: float, sources: list[TextSource] | None) -> bool:
+        return fraction == 0 and not sources
+
+    def _loader(self, split: Split, shuffle: bool, drop_last: bool) -> RowLoader:
+        place = Place()
         if self.trainer is not None and isinstance(self.trainer.strategy, ParallelStrategy):
-            place = self.trainer.strategy.distributed_sampler_kwargs
-            rank, world_size = place["rank"], place["num_replicas"]
+            own = self.trainer.strategy.distributed_sampler_kwargs  # tensor parallel: data mesh
+            place = Place(own["rank"], own["num_replicas"])
         return RowLoader(
             self.rows(split),
             batch_size=self.batch_size,
             seed=self.seed,
             shuffle=shuffle,
-            drop_last=shuffle,
-            rank=rank,
-            world_size=world_size,
+            drop_last=drop_last,
+            place=place,
             num_workers=self.num_workers,
         )
