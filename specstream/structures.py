@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
+import torch
 from torch import Tensor
+
+MAX_DRAFT = 64  # the most tokens drafted in one round
 
 
 class Law(Enum):
@@ -167,3 +170,12 @@ class Context:
     active: Tensor  # (B,) bool, rows that still decode
     seen: Tensor | None  # (B, V) bool, tokens that a row holds; kept for warpers with memory only
     history: list[list[int]]  # the committed tokens once more, on the host
+
+    def elements(self, num_tokens: int) -> Tensor:
+        """Number the next `num_tokens` tokens of each row, (B, num_tokens), to key their noise.
+
+        A row grows in every round, so the numbers of two rounds never meet and no coin is reused
+        after a rejection, as block verification needs.
+        """
+        steps = torch.arange(num_tokens, device=self.lengths.device)
+        return self.lengths[:, None] * MAX_DRAFT + steps

@@ -78,9 +78,10 @@ class PromptLookup(Drafter):
     ) -> TokenDraft:
         guesses = self.guesses(context, cache, num_tokens)
         device = context.tokens.device
-        padded = [guess + [0] * (num_tokens - len(guess)) for guess in guesses]
+        width = max(len(guess) for guess in guesses)
+        padded = [guess + [0] * (width - len(guess)) for guess in guesses]
         return TokenDraft(
-            tokens=torch.tensor(padded, dtype=torch.long, device=device).view(-1, num_tokens),
+            tokens=torch.tensor(padded, dtype=torch.long, device=device).view(len(padded), width),
             probs=None,
             lengths=torch.tensor([len(guess) for guess in guesses], device=device),
         )

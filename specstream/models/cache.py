@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+VIEW_STEP = 128  # slots; views are rounded up to it, so that shapes recur
+
 
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one decoder layer, stored as (B * C, H * D) so that a write is one kernel."""
@@ -126,3 +128,8 @@ def _tree_mask(positions: Tensor, slots: Tensor, ancestors: Tensor) -> Tensor:
     inside = (offset >= 0) & (offset < positions.shape[1])
     related = ancestors.gather(2, offset.clamp(0, positions.shape[1] - 1))
     return torch.where(inside, related, offset < 0)[:, None]
+
+
+def bucket(length: int, capacity: int) -> int:
+    """Round a filled length up to the slots that a pass reads, at most `capacity`."""
+    return min(-(-length // VIEW_STEP) * VIEW_STEP, capacity)

@@ -39,6 +39,15 @@ class PretrainedLM(nn.Module):
         self.path = path
         self._adopt(load_model(path, resolve_dtype(dtype), attn_implementation))
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, path: str = "") -> PretrainedLM:
+        """Wrap a `transformers` model that is already in memory."""
+        lm = cls.__new__(cls)
+        nn.Module.__init__(lm)
+        lm.path = path
+        lm._adopt(model)
+        return lm
+
     def _adopt(self, model: PreTrainedModel) -> None:
         refuse_unsupported(model.config)
         self.model = model
@@ -93,21 +102,28 @@ class PretrainedLM(nn.Module):
         """Return an empty static cache for `batch_size` rows of `capacity` slots."""
         return SlotCache(self.num_layers, batch_size, capacity)
 
-    def extend(self, tokens: Tensor, lengths: Tensor, cache: SlotCache, view: int) -> Tensor:
+    def extend(
+        self, tokens: Tensor, lengths: Tensor, cache: SlotCache, view: int, num_logits: int = 0
+    ) -> Tensor:
         """Run one pass over `cache`: write `tokens` (B, T) at slots lengths + i, return (B, T, V).
 
         `lengths` (B,) is what each row holds already; `view` is how many slots the pass reads and
-        bounds lengths + T.  Only the cache is changed.
+        bounds lengths + T.  With `num_logits` only the last so many positions get logits.  Only
+        the cache is changed.
         """
         steps = torch.arange(tokens.shape[1], device=tokens.device)
-        positions = lengths[:, None] + steps  # (B, T)
-        cache.open(positions, view)
+        slots = lengths[:, None] + steps  # (B, T)
+        cache.open(slots, view)
+        places = slots
+        if self.max_positions is not None:  # only nodes past a row's end can lie beyond
+            places = slots.clamp(max=self.max_positions - 1)
         output = self.model(
             input_ids=tokens,
-            attention_mask=self._masks(positions, view),
-            position_ids=positions,
+            attention_mask=self._masks(slots, view),
+            position_ids=places,
             past_key_values=cache,
             use_cache=True,
+            logits_to_keep=num_logits,
         )
         cache.close()
         return output.logits

@@ -1,0 +1,7 @@
+"""Drafters: they propose, and never decide what is kept."""
+
+from specstream.drafters.base import Drafter
+from specstream.drafters.draft_model import CutDraftModel, DraftModel
+from specstream.drafters.prompt_lookup import PromptLookup
+
+__all__ = ["CutDraftModel", "DraftModel", "Drafter", "PromptLookup"]

@@ -1,0 +1,160 @@
+"""The rows of one batch while they decode: committed tokens, growing texts, ends and counts.
+
+It knows when a row is over (end of sequence, stop string, limit) and cuts a committed block there,
+so that nothing follows an end and no limit is overshot.  It does not know models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from specstream.generation.target_pass import Committed
+from specstream.processors import TextProcessor, TextStream
+from specstream.structures import Context, Origin, Stats, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Where a row ends: after `max_new_tokens`, at a `stop` string (cut off), at end of sequence."""
+
+    max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if "" in self.stop:
+            raise ValueError("a stop string must not be empty")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How many tokens were drafted for a row in a round, and how many of them stood."""
+
+    drafted: int
+    accepted: int
+
+
+class Batch:
+    """B rows from their prompts to their ends.
+
+    `prompts` are token ids, `indices` the prompts' numbers, which key the noise; `capacity` bounds
+    prompt, new tokens and one more draft together.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        indices: Sequence[int],
+        capacity: int,
+        limits: Limits,
+        processor: TextProcessor,
+        stats: Stats,
+        device: torch.device,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.limits, self.processor, self.stats = limits, processor, stats
+        self.indices = list(indices)
+        self.remaining = [limits.max_new_tokens] * len(prompts)
+        self.streams = [TextStream(processor, limits.stop) for _ in prompts]
+        tokens = torch.zeros(len(prompts), capacity, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        seen = None
+        if vocab_size is not None:
+            seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+            for row, prompt in enumerate(prompts):
+                seen[row, torch.tensor(prompt, dtype=torch.long)] = True
+        self.context = Context(
+            tokens=tokens.to(device),
+            lengths=lengths.to(device),
+            prompts=torch.tensor(self.indices).to(device),
+            active=torch.ones(len(prompts), dtype=torch.bool, device=device),
+            seen=None if seen is None else seen.to(device),
+            history=[list(prompt) for prompt in prompts],
+        )
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows that still decode."""
+        return [row for row, left in enumerate(self.remaining) if left > 0]
+
+    @property
+    def longest(self) -> int:
+        """Committed tokens of the longest row."""
+        return max(len(tokens) for tokens in self.context.history)
+
+    def commit(self, committed: Committed) -> tuple[list[Step], list[Outcome]]:
+        """Take over what a target pass committed: the rows' steps, and every row's outcome.
+
+        This is the round's one transfer from the device.
+        """
+        heads = torch.stack([committed.drafted, committed.counts], 1)
+        packed = torch.cat([heads, committed.tokens], 1).tolist()
+        self.context.lengths, self.context.seen = committed.lengths, committed.seen
+        outcomes = [Outcome(drafted, accepted) for drafted, accepted, *_ in packed]
+        steps = [
+            self._commit_row(row, packed[row][2 : 3 + outcomes[row].accepted], outcomes[row])
+            for row in self.rows
+        ]
+        if any(step.finished for step in steps):
+            left = torch.tensor([left > 0 for left in self.remaining])
+            self.context.active = left.to(self.context.active.device)
+        return steps, outcomes
+
+    def _commit_row(self, row: int, tokens: list[int], outcome: Outcome) -> Step:
+        drafted = outcome.drafted
+        kept = self._cut(row, tokens)
+        finished = kept is not None
+        self._count(len(tokens), drafted, finished)
+        if kept is not None:
+            tokens = tokens[:kept]
+        self.context.history[row].extend(tokens)
+        self.remaining[row] = 0 if finished else self.remaining[row] - len(tokens)
+        self.stats.elements += len(tokens)
+        stream = self.streams[row]
+        if finished:
+            stream.close()
+        text = stream.take(final=finished)
+        return Step(self.indices[row], tokens, _origins(tokens, drafted, kept), text, finished)
+
+    def _cut(self, row: int, tokens: list[int]) -> int | None:
+        """Show the tokens to the row's text; return how many stay if the row ends among them."""
+        ends = [i for i, token in enumerate(tokens) if token in self.processor.eos_ids]
+        cuts = [] if self.limits.ignore_eos else [i + 1 for i in ends[:1]]
+        if self.remaining[row] <= len(tokens):
+            cuts.append(self.remaining[row])
+        visible = tokens[: min(cuts)] if cuts else tokens
+        stopped = self.streams[row].push(visible)
+        return min([*cuts, stopped]) if stopped is not None else min(cuts, default=None)
+
+    def _count(self, committed: int, drafted: int, finished: bool) -> None:
+        """Count a round unless it was cut: a cut round says nothing about acceptance."""
+        if finished:
+            return
+        stats, accepted = self.stats, committed - 1
+        stats.full_rounds += 1
+        stats.full_committed += committed
+        stats.draft_lengths += drafted
+        stats.plain_rounds += drafted == 0
+        missing = drafted - len(stats.tested)
+        stats.tested.extend([0] * missing)
+        stats.accepted.extend([0] * missing)
+        for i in range(min(accepted + 1, drafted)):
+            stats.tested[i] += 1
+            stats.accepted[i] += i < accepted
+
+
+def _origins(tokens: list[int], drafted: int, kept: int | None) -> list[Origin]:
+    """Say of each kept token of a round where it came from."""
+    if drafted == 0:
+        return [Origin.PLAIN] * len(tokens)
+    last = Origin.BONUS if len(tokens) > drafted else Origin.CORRECTION
+    if kept is not None and kept <= drafted:
+        last = Origin.ACCEPTED
+    return [Origin.ACCEPTED] * (len(tokens) - 1) + [last] * bool(tokens)

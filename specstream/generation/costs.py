@@ -1,0 +1,131 @@
+"""Measure what the passes of a pair of models cost on this machine, once, and keep the table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from specstream.generation.batch import Batch
+from specstream.generation.lengths import StepCosts
+from specstream.sampling import Noise
+from specstream.structures import Stats
+
+if TYPE_CHECKING:
+    from specstream.generation.speculative import SpeculativePipeline
+
+CONTEXT = 64  # committed tokens a row while measuring
+REPEATS = 7  # timed runs of each pass; the median counts
+WARMUPS = 2
+
+
+def stored_costs(pipeline: SpeculativePipeline, folder: Path | None = None) -> StepCosts:
+    """Return the pair's table from the user's cache folder, measured now if it is not there."""
+    if folder is None:
+        from platformdirs import user_cache_path
+
+        folder = user_cache_path("specstream") / "costs"
+    path = folder / f"{_key(pipeline)}.json"
+    try:
+        stored = json.loads(path.read_text())
+        costs: StepCosts | None = StepCosts(
+            stored["plain"], tuple(stored["verify"]), tuple(stored["draft"])
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        costs = None  # absent or damaged: measured again and replaced
+    if costs is not None and len(costs.verify) > pipeline.lengths.max_tokens:
+        return costs
+    costs = measure_costs(pipeline)
+    _write(path, costs)
+    return costs
+
+
+@torch.inference_mode()
+def measure_costs(pipeline: SpeculativePipeline) -> StepCosts:
+    """Time plain passes, verify passes and drafts of 1..max_tokens at the pipeline's batch size."""
+    lengths = [CONTEXT] * pipeline.batch_size
+    top = pipeline.lengths.max_tokens
+    batch = Batch(
+        [[t % pipeline.target.vocab_size for t in range(n)] for n in lengths],
+        range(pipeline.batch_size),
+        2 * CONTEXT + 2 * top,
+        pipeline.limits,
+        pipeline.processor,
+        Stats("text", pipeline.guarantee),
+        pipeline.target.device,
+        pipeline.target.vocab_size if pipeline.sampling.needs_history else None,
+    )
+    context, noise = batch.context, Noise(0, pipeline.target.device)
+    capacity = batch.context.tokens.shape[1]
+    cache = pipeline.target.new_cache(pipeline.batch_size, capacity)
+    state = pipeline.drafter.new_cache(pipeline.batch_size, capacity)
+    verify, draft = [0.0], [0.0]
+    plain = 0.0
+    for k in range(top + 1):
+        wanted = [k] * pipeline.batch_size
+        made = pipeline.draft(context, state, wanted, noise)
+        spent = _median(lambda d=made: pipeline.verify(context, cache, d, noise))
+        if k == 0:
+            plain = spent
+            continue
+        verify.append(spent)
+        draft.append(_median(lambda w=wanted: pipeline.draft(context, state, w, noise)))
+    return StepCosts(plain, tuple(verify), tuple(draft))
+
+
+def _median(run: Callable[[], object]) -> float:
+    for _ in range(WARMUPS):
+        run()
+    times = []
+    for _ in range(REPEATS):
+        _synchronize()
+        started = time.perf_counter()
+        run()
+        _synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _key(pipeline: SpeculativePipeline) -> str:
+    """Identify what the times depend on: both models, how they run, and the machine."""
+    device = pipeline.target.device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    parts = (
+        pipeline.target.path,
+        *(sum(p.numel() for p in m.parameters()) for m in (pipeline.target, pipeline.drafter)),
+        type(pipeline.drafter).__name__,
+        type(pipeline.verifier).__name__,
+        pipeline.target.dtype,
+        pipeline.target.config._attn_implementation,
+        pipeline.stats.quantized,
+        pipeline.batch_size,
+        pipeline.compiled,
+        pipeline.lengths.max_tokens,
+        (torch.__version__, machine, os.cpu_count(), torch.get_num_threads()),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def _write(path: Path, costs: StepCosts) -> None:
+    """Write the table whole or not at all; a folder that cannot be written costs a measurement."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(asdict(costs)))
+        temporary.replace(path)
+    except OSError:
+        return

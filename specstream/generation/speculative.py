@@ -1,0 +1,119 @@
+"""Speculative decoding (Leviathan et al. 2023, Algorithm 1; Chen et al. 2023, Algorithm 2).
+
+A drafter guesses K tokens, the target scores them in one pass, a verifier keeps a prefix and adds
+one token of the target's.  Rows have lengths of their own, so a batch with ragged prompts and
+ragged acceptance is the same loop as batch 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from specstream.drafters import Drafter
+from specstream.generation.base import TextPipeline
+from specstream.generation.batch import Batch, Limits
+from specstream.generation.costs import stored_costs
+from specstream.generation.lengths import CostModelLength, DraftLength, StepCosts
+from specstream.generation.target_pass import Committed, empty_draft, pad_draft
+from specstream.models.cache import SlotCache, bucket
+from specstream.models.pretrained_lm import PretrainedLM
+from specstream.models.quantization import quantization_report
+from specstream.processors import TextProcessor
+from specstream.sampling import Noise, Sampling
+from specstream.structures import Context, Guarantee, Step, TokenDraft
+from specstream.verification import TokenRejection, TokenVerifier
+
+
+class SpeculativePipeline(TextPipeline):
+    """Decodes `target` with `drafter`'s guesses, under `verifier`'s rule.
+
+    `lengths` says how many tokens to draft; a policy that needs costs has them measured at the
+    first run and kept in the user's cache folder, unless `costs` are given.  Raises ValueError
+    when the verifier cannot judge this drafter's law, or the vocabularies differ.
+    """
+
+    def __init__(
+        self,
+        target: PretrainedLM,
+        drafter: Drafter,
+        processor: TextProcessor,
+        verifier: TokenVerifier | None = None,
+        lengths: DraftLength | None = None,
+        sampling: Sampling | None = None,
+        limits: Limits | None = None,
+        batch_size: int = 1,
+        compile: bool = False,
+        chat: bool = False,
+        costs: StepCosts | None = None,
+    ) -> None:
+        self.drafter = drafter
+        self.verifier = verifier or TokenRejection()
+        self.lengths = lengths or CostModelLength()
+        self.costs = costs
+        self.headroom = self.lengths.max_tokens + 1
+        if drafter.law not in self.verifier.needs:
+            names = ", ".join(sorted(law.value for law in self.verifier.needs))
+            raise ValueError(
+                f"{type(self.verifier).__name__} judges drafts that are {names}; "
+                f"{type(drafter).__name__}'s are {drafter.law.value}"
+            )
+        drafter.check_target(target, processor)
+        self.guarantee = Guarantee.combine([self.verifier.guarantee])
+        super().__init__(target, processor, sampling, limits, batch_size, compile, chat)
+        if compile:
+            drafter.compile(dynamic=False, fullgraph=True)
+
+    def _decode(self, batch: Batch, cache: SlotCache, noise: Noise) -> Iterator[list[Step]]:
+        if self.lengths.needs_costs and self.costs is None:
+            self.costs = stored_costs(self)
+        rows = [self.lengths.for_row(self.costs) for _ in batch.indices]
+        state = self.drafter.new_cache(len(rows), cache.capacity)
+        while alive := batch.rows:
+            wanted = [0] * len(rows)
+            for row in alive:  # one token of a row's last is the target's own
+                wanted[row] = min(rows[row].choose(), batch.remaining[row] - 1)
+            draft = self.draft(batch.context, state, wanted, noise)
+            committed = self.verify(batch.context, cache, draft, noise)
+            self.stats.target_calls += 1
+            self.stats.target_rows += len(alive) * (draft.tokens.shape[1] + 1)
+            steps, outcomes = batch.commit(committed)
+            if max(wanted):
+                self.stats.draft_calls += 1
+                self.drafter.observe([outcome.accepted for outcome in outcomes], state)
+            for row in alive:
+                rows[row].record(outcomes[row].drafted, outcomes[row].accepted)
+            yield steps
+
+    def draft(self, context: Context, state: Any, wanted: list[int], noise: Noise) -> TokenDraft:
+        """Have the drafter guess as many tokens as the neediest row wants, none beyond a row's own.
+
+        Where every row wants 0 the drafter is not run at all.
+        """
+        num_tokens = max(wanted)
+        if num_tokens == 0:
+            return empty_draft(len(wanted), context.tokens.device)
+        draft = self.drafter.propose(context, state, num_tokens, self.sampling, noise)
+        if min(wanted) < num_tokens:
+            own = torch.tensor(wanted).to(draft.lengths.device)
+            draft = replace(draft, lengths=torch.minimum(draft.lengths, own))
+        if self.compiled and draft.tokens.shape[1]:
+            draft = pad_draft(draft, self.lengths.max_tokens)
+        return draft
+
+    def verify(
+        self, context: Context, cache: SlotCache, draft: TokenDraft, noise: Noise
+    ) -> Committed:
+        """Run one target pass over the last committed token and the draft."""
+        longest = max(len(tokens) for tokens in context.history)
+        view = bucket(longest + draft.tokens.shape[1], cache.capacity)
+        return self._pass(
+            self.target, self.verifier, self.sampling, noise, context, cache, draft, view
+        )
+
+    def _quantized(self) -> dict[str, Any]:
+        report = quantization_report(self.drafter)
+        return super()._quantized() | ({} if report is None else {"drafter": report})
