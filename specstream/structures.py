@@ -60,9 +60,13 @@ class TokenDraft:
     """K drafted tokens and the law each was drawn from.  A chain is a tree with one branch."""
 
     tokens: Tensor  # (B, K)
-    probs: Tensor | None  # (B, K, V), the paper's q; None: the drafter is deterministic, q is one-hot
+    probs: (
+        Tensor | None
+    )  # (B, K, V), the paper's q; None: the drafter is deterministic, q is one-hot
     lengths: Tensor  # (B,) how many of the K are real in each row
-    parents: Tensor | None = None  # (B, K) parent node, -1 for the last committed token; None: a chain
+    parents: Tensor | None = (
+        None  # (B, K) parent node, -1 for the last committed token; None: a chain
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from specstream.drafters.base import Drafter
 from specstream.drafters.draft_model import CutDraftModel, DraftModel
+from specstream.drafters.lookup_first import LookupFirst
 from specstream.drafters.prompt_lookup import PromptLookup
 
-__all__ = ["CutDraftModel", "DraftModel", "Drafter", "PromptLookup"]
+__all__ = ["CutDraftModel", "DraftModel", "Drafter", "LookupFirst", "PromptLookup"]

@@ -174,7 +174,12 @@ def cut_layers(target: nn.Module, first: int, last: int, share_embeddings: bool)
     if not isinstance(target, PretrainedLM):
         raise ValueError("a drafter can be cut from a causal language model only")
     kept = [*range(first), *range(target.num_layers - last, target.num_layers)]
-    if first < 0 or last < 0 or not 0 < len(kept) <= target.num_layers or len(set(kept)) < len(kept):
+    if (
+        first < 0
+        or last < 0
+        or not 0 < len(kept) <= target.num_layers
+        or len(set(kept)) < len(kept)
+    ):
         raise ValueError(
             f"first_layers {first} and last_layers {last} do not fit a target of "
             f"{target.num_layers} layers"

@@ -60,7 +60,9 @@ class PromptLookup(Drafter):
     ) -> None:
         super().__init__()
         if not 1 <= min_ngram <= max_ngram:
-            raise ValueError(f"min_ngram {min_ngram} and max_ngram {max_ngram} need 1 <= min <= max")
+            raise ValueError(
+                f"min_ngram {min_ngram} and max_ngram {max_ngram} need 1 <= min <= max"
+            )
         self.min_ngram = min_ngram
         self.max_ngram = max_ngram
 
@@ -76,7 +78,10 @@ class PromptLookup(Drafter):
         sampling: Sampling,
         noise: Noise,
     ) -> TokenDraft:
-        guesses = self.guesses(context, cache, num_tokens)
+        return self.draft(context, self.guesses(context, cache, num_tokens))
+
+    def draft(self, context: Context, guesses: list[list[int]]) -> TokenDraft:
+        """Return `guesses` as a draft as wide as the longest of them."""
         device = context.tokens.device
         width = max(len(guess) for guess in guesses)
         padded = [guess + [0] * (width - len(guess)) for guess in guesses]

@@ -33,9 +33,7 @@ class Pipeline(ABC):
     stats: Stats
 
     @abstractmethod
-    def generate(
-        self, prompts: Sequence[Prompt], *, seed: int | None = None
-    ) -> Iterator[Step]:
+    def generate(self, prompts: Sequence[Prompt], *, seed: int | None = None) -> Iterator[Step]:
         """Yield what each round commits, in the order it is committed."""
 
 
@@ -140,9 +138,7 @@ class TextPipeline(Pipeline):
             )
         return tokens
 
-    def _timed(
-        self, prompts: list[list[int]], indices: list[int], noise: Noise
-    ) -> Iterator[Step]:
+    def _timed(self, prompts: list[list[int]], indices: list[int], noise: Noise) -> Iterator[Step]:
         """Decode one batch; the clock runs while we work and stands while the caller does."""
         started = time.perf_counter()
         rounds = self._start(prompts, indices, noise)

@@ -30,7 +30,9 @@ class SlotLayer(CacheLayerMixin):
         super().__init__()
         self.batch_size = batch_size
         self.capacity = capacity
-        self.slots: Tensor | None = None  # (B * T,) rows of the storage that the running pass writes
+        self.slots: Tensor | None = (
+            None  # (B * T,) rows of the storage that the running pass writes
+        )
         self.view = capacity  # how many slots of each row the running pass reads
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -82,7 +82,9 @@ class PretrainedLM(nn.Module):
         Raises ValueError where the model rescales its logits after the head, because a loss on
         these hidden states would then not be a loss on the model's law.
         """
-        scaled = [name for name in HEAD_SCALINGS if getattr(self.config, name, None) not in (None, 1)]
+        scaled = [
+            name for name in HEAD_SCALINGS if getattr(self.config, name, None) not in (None, 1)
+        ]
         if scaled:
             raise ValueError(f"training a model with {scaled[0]} in its config is not supported")
         mask = None if documents is None else self._masks(*document_mask(documents))
@@ -197,7 +199,9 @@ class UntrainedLM(PretrainedLM):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
+            raise ValueError(
+                f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}"
+            )
         try:
             config = AutoConfig.for_model(
                 architecture,
@@ -214,7 +218,9 @@ class UntrainedLM(PretrainedLM):
                 eos_token_id=0,
             )
         except ValueError as error:
-            raise ValueError(f"architecture {architecture!r} is not a transformers model type") from error
+            raise ValueError(
+                f"architecture {architecture!r} is not a transformers model type"
+            ) from error
         self.path = ""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -267,7 +273,16 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"model type {kind!r} is not a causal language model of transformers")
     kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
-    stateful = {"mamba", "mamba2", "rwkv", "xlstm", "falcon_mamba", "recurrent_gemma", "jamba", "zamba"}
+    stateful = {
+        "mamba",
+        "mamba2",
+        "rwkv",
+        "xlstm",
+        "falcon_mamba",
+        "recurrent_gemma",
+        "jamba",
+        "zamba",
+    }
     if kinds or kind in stateful:
         found = ", ".join(sorted(kinds)) or "recurrent"
         raise ValueError(f"model type {kind!r} has {found} layers; only attention is supported")

@@ -1,0 +1,70 @@
+"""`draft/`: a drafter on disk, and the name of the target it was trained for.
+
+The folder of a draft LM is an ordinary `transformers` folder, so other runtimes take it as it is;
+`specstream.json` beside the weights adds what they do not know: the drafter's class tree in the
+grammar of the config files, and its target.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from specstream.drafters.base import Drafter
+from specstream.processors import TextProcessor
+
+RECORD = "specstream.json"
+
+
+def save_drafter(
+    folder: Path, drafter: Drafter, processor: TextProcessor, target_path: str
+) -> None:
+    """Write `drafter` into `folder`, replacing one that is there only once the new one is whole."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    block = drafter.save(temporary, processor)
+    record = {"drafter": block, "target": {"path": target_path}}
+    (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        folder.rename(old)
+        temporary.rename(folder)
+        for file in old.iterdir():
+            file.unlink()
+        old.rmdir()
+    else:
+        temporary.rename(folder)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the record of a drafter's folder; ValueError in one line when it is not one."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} holds no trained drafter ({RECORD} is missing)")
+    try:
+        record = json.loads(path.read_text())
+        record["drafter"]["class_path"], record["target"]["path"]  # what every reader needs
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+    return dict(record)
+
+
+def load_drafter(folder: Path, target: nn.Module, dtype: str = "auto") -> Drafter:
+    """Build the drafter of `folder` for `target`, its weights in `dtype`."""
+    from specstream.models import PretrainedLM
+
+    block = read_record(folder)["drafter"]
+    arguments = dict(block.get("init_args", {}))
+    if "model" in arguments:
+        arguments["model"] = lambda: PretrainedLM(str(folder), dtype)
+    module, _, name = str(block["class_path"]).rpartition(".")
+    if module.split(".")[0] != "specstream":
+        raise ValueError(f"{str(folder)!r} names {block['class_path']}, not a specstream drafter")
+    drafter = getattr(importlib.import_module(module), name)(target, **arguments)
+    assert isinstance(drafter, Drafter)
+    return drafter.eval().requires_grad_(False)
