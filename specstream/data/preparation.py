@@ -143,8 +143,8 @@ def prepare(
                 parts.setdefault(split, []).append((rows, prompts, found.report))
     for split, pieces in parts.items():
         rows = PackedRows.joined([piece[0] for piece in pieces])
-        prompts = [piece[1] for piece in pieces]
-        _save_split(folder / split, PreparedSplit(rows, prompts, [piece[2] for piece in pieces]))
+        prepared = PreparedSplit(rows, [piece[1] for piece in pieces], [p[2] for p in pieces])
+        _save_split(folder / split, prepared)
 
 
 def load_split(folder: Path, split: Split) -> PreparedSplit | None:

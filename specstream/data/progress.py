@@ -18,7 +18,8 @@ class SlowProgress:
         self._progress = Progress(*columns)
         self._action = action
         self._task = self._progress.add_task(action)
-        self._started = time.monotonic()
+        self._began = time.monotonic()
+        self._shown = False
 
     def __enter__(self) -> SlowProgress:
         return self
@@ -29,10 +30,12 @@ class SlowProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        if self._shown:
+            self._progress.stop()
 
     def show(self, state: str) -> None:
         """Say how far the work has come."""
         self._progress.update(self._task, description=f"{self._action} {state}")
-        if time.monotonic() - self._started > PATIENCE:
+        if not self._shown and time.monotonic() - self._began > PATIENCE:
+            self._shown = True
             self._progress.start()

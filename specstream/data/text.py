@@ -127,20 +127,23 @@ class TextDataModule(L.LightningDataModule):
             found = load_split(folder, split)
             if found is not None:
                 self._splits[split] = found
+        for split in ("train", "validation") if self._holds_validation else ("train",):
+            self._split(split)
         is_first_process = self.trainer is None or self.trainer.is_global_zero
         if self.show_sample and first_time and stage == "fit" and is_first_process:
             from rich.console import Console
 
             console = Console()
-            console.print(self.describe(), highlight=False, markup=False)
+            console.print(self.describe(), highlight=False, markup=False, soft_wrap=True)
             console.print(render_sample(self.tokenizer, self.rows("train")))
 
     def train_dataloader(self) -> RowLoader:
-        overfitting = self.trainer is not None and self.trainer.overfit_batches > 0
+        trainer = self.trainer
+        overfitting = trainer is not None and trainer.overfit_batches > 0  # type: ignore[attr-defined]
         return self._loader("train", shuffle=not overfitting, drop_last=True)
 
     def val_dataloader(self) -> RowLoader | list[RowLoader]:
-        if self._nothing_held_out(self.held_out.validation, self.validation_sources):
+        if not self._holds_validation:
             return []
         return self._loader("validation", shuffle=False, drop_last=False)
 
@@ -188,6 +191,10 @@ class TextDataModule(L.LightningDataModule):
                 if report.dropped
             ]
         return "\n".join(lines)
+
+    @property
+    def _holds_validation(self) -> bool:
+        return self.held_out.validation > 0 or bool(self.validation_sources)
 
     def _check_options(self) -> None:
         layout, held_out = self.layout, self.held_out
@@ -265,16 +272,19 @@ class TextDataModule(L.LightningDataModule):
         if split == "test" and self.validation_sources and not self.test_sources:
             split = "validation"
         if split not in self._splits:
-            raise ValueError(
-                f"the {split} split is empty: raise {split}_fraction or give {split}_sources"
-                if split != "train"
-                else "the training split is empty: hold less out or use more data"
-            )
+            raise ValueError(self._empty(split))
         return self._splits[split]
 
-    @staticmethod
-    def _nothing_held_out(fraction: float, sources: list[TextSource] | None) -> bool:
-        return fraction == 0 and not sources
+    def _empty(self, split: Split) -> str:
+        reports = [report for prepared in self._splits.values() for report in prepared.reports]
+        num_documents = sum(report.documents for report in reports)
+        if split == "train":
+            return f"the train split is empty: all {num_documents} documents are held out"
+        fraction = self.held_out.validation if split == "validation" else self.held_out.test
+        return (
+            f"the {split} split is empty: none of {num_documents} documents fell into "
+            f"{split}_fraction {fraction}; raise it or give {split}_sources"
+        )
 
     def _loader(self, split: Split, shuffle: bool, drop_last: bool) -> RowLoader:
         place = Place()
