@@ -54,6 +54,11 @@ class PackedRows:
             documents=np.concatenate([part.documents for part in parts]),
         )
 
+    def shuffled(self) -> PackedRows:
+        """Mix the rows, always alike: the first ones then stand for all sources and lengths."""
+        order = np.random.default_rng(0).permutation(len(self))
+        return PackedRows(self.tokens[order], self.scored[order], self.documents[order])
+
 
 def pack_stream(
     documents: Sequence[EncodedDocument], sequence_length: int, padding_token: int

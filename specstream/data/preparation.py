@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "validation", "test"]
 
-FORMAT_VERSION = 1  # raise it when prepared data of older code must not be used
+FORMAT_VERSION = 2  # raise it when prepared data of older code must not be used
 DOCUMENTS_AT_ONCE = 256
 PROMPTS_KEPT = 1024  # of each source and split
 
@@ -142,7 +142,7 @@ def prepare(
                 prompts = _prompts(source, found.documents, rows, layout)
                 parts.setdefault(split, []).append((rows, prompts, found.report))
     for split, pieces in parts.items():
-        rows = PackedRows.joined([piece[0] for piece in pieces])
+        rows = PackedRows.joined([piece[0] for piece in pieces]).shuffled()
         prepared = PreparedSplit(rows, [piece[1] for piece in pieces], [p[2] for p in pieces])
         _save_split(folder / split, prepared)
 

@@ -63,6 +63,14 @@ def test_best_fit_is_the_same_every_time() -> None:
     assert (first.tokens == second.tokens).all()
 
 
+def test_shuffled_rows_are_the_same_rows_mixed_alike_every_time() -> None:
+    rows = pack_best_fit(documents([4, 9, 16, 7, 3, 3, 12, 15, 14]), T, padding_token=0)
+    mixed = rows.shuffled()
+    assert sorted(pieces(mixed)) == sorted(pieces(rows))
+    assert mixed.tokens.tolist() != rows.tokens.tolist()
+    assert mixed.tokens.tolist() == rows.shuffled().tokens.tolist()
+
+
 def test_one_per_row_cuts_long_documents() -> None:
     rows = one_per_row(documents([5, 40]), T, padding_token=0)
     assert (rows.documents != PADDING).sum(axis=1).tolist() == [5, 16, 16, 8]
