@@ -40,7 +40,7 @@ test: lint
 
 lint: .venv/ready
 	@echo "[lint 1/4] ruff check"
-	@$(BIN)/ruff check -q .
+	@$(BIN)/ruff check -q --output-format concise .
 	@echo "[lint 2/4] ruff format"
 	@$(BIN)/ruff format -q --check . || { echo "run: $(BIN)/ruff format ."; exit 1; }
 	@echo "[lint 3/4] mypy"
