@@ -55,8 +55,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a damaged tokenizer.json raises a bare Exception
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"no tokenizer could be loaded from '{path}': {reason}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of '{path}' has no fast version (tokenizer.json)")

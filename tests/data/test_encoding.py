@@ -40,6 +40,11 @@ def test_bad_tokenizers_are_one_clear_line(tmp_path: Path, tokenizer) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no tokenizer could be loaded from"):
         load_tokenizer(str(tmp_path / "empty"))
+    tokenizer.save_pretrained(tmp_path / "cut")
+    file = tmp_path / "cut" / "tokenizer.json"
+    file.write_text(file.read_text()[:500])
+    with pytest.raises(ValueError, match="no tokenizer could be loaded from"):
+        load_tokenizer(str(tmp_path / "cut"))
 
 
 def test_a_document_begins_with_bos_and_ends_with_a_scored_eos(tokenizer) -> None:
