@@ -46,19 +46,12 @@ def _log_probs(logits: Tensor, temperature: float) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def _given(tensor: Tensor | None, name: str) -> Tensor:
-    """Return `tensor`, which this divergence needs."""
-    assert tensor is not None, f"this divergence needs {name}"
-    return tensor
-
-
 @dataclass(frozen=True)
 class Divergence(ABC):
     """What a draft model is trained to make small.
 
     `temperature` divides the logits of both models, as decoding at that temperature will; the
     value is not rescaled by its square.
-
     Raises `ValueError` for a temperature that is not positive.
     """
 
@@ -77,10 +70,7 @@ class Divergence(ABC):
     def __call__(
         self, target_logits: Tensor | None, draft_logits: Tensor, labels: Tensor | None
     ) -> Tensor:
-        """Return the value (N,) of each position: logits (N, V), labels (N,) the data's tokens.
-
-        float32, or float64 for float64 logits.
-        """
+        """Return the value (N,) of each position, given logits (N, V) and the data's labels (N,)."""
 
     def measure(
         self, target_logits: Tensor | None, draft_logits: Tensor, labels: Tensor | None
@@ -112,8 +102,9 @@ class CrossEntropy(Divergence):
         self, target_logits: Tensor | None, draft_logits: Tensor, labels: Tensor | None
     ) -> Tensor:
         """Return -log q(label) (N,)."""
+        assert labels is not None
         log_q = _log_probs(draft_logits, self.temperature)
-        return functional.nll_loss(log_q, _given(labels, "labels"), reduction="none")
+        return functional.nll_loss(log_q, labels, reduction="none")
 
 
 @dataclass(frozen=True)
@@ -128,7 +119,8 @@ class TargetDivergence(Divergence):
         self, target_logits: Tensor | None, draft_logits: Tensor, labels: Tensor | None
     ) -> Tensor:
         """Return `between` (N,) of the laws that the logits make."""
-        log_p = _log_probs(_given(target_logits, "the target's logits"), self.temperature)
+        assert target_logits is not None
+        log_p = _log_probs(target_logits, self.temperature)
         return self.between(log_p, _log_probs(draft_logits, self.temperature))
 
 
@@ -173,7 +165,6 @@ class JSD(TargetDivergence):
 
     Agarwal et al. 2024 (GKD), equation 1: divided by beta it tends to forward KL for beta to 0,
     and by 1 - beta to reverse KL for beta to 1; bounded, and finite where one law is zero.
-
     Raises `ValueError` for a beta outside (0, 1); at the ends use the two KLs.
     """
 
@@ -221,7 +212,6 @@ class LKHybrid(TargetDivergence):
 
     Samarin et al. 2026 (arXiv 2602.23881): KL's gradient while the draft is far off, TV's aim
     once it is near.  The paper's eta is 3.
-
     Raises `ValueError` for a negative eta.
     """
 
@@ -262,14 +252,13 @@ class _Blocks:
         index = ranks + torch.arange(gamma, device=mask.device)
         return _Blocks(index.clamp(max=len(inside) - 1), inside)
 
-    def gather(self, values: Tensor, beyond: float) -> Tensor:
-        """Return values (N,) laid out in blocks (N, gamma), `beyond` after the end of a run."""
-        return torch.where(self.inside, values[self.index], beyond)
+    def gather(self, values: Tensor) -> Tensor:
+        """Return values (N,) laid out in blocks (N, gamma), 0 beyond the end of a run."""
+        return torch.where(self.inside, values[self.index], 0.0)
 
-    @property
-    def sizes(self) -> Tensor:
-        """How many positions (N,) each block has, 1 to gamma."""
-        return self.inside.sum(-1)
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean (N,) of values (N, gamma), 0 beyond the end, over each block."""
+        return values.sum(-1) / self.inside.sum(-1)
 
 
 def _check_gamma(gamma: int) -> None:
@@ -287,8 +276,7 @@ class EndToEndTV(TotalVariation):
     as they are reached.  Averaged over all blocks (see `_Blocks`); a block cut short by the end of
     its run is divided by its own length, so the loss is 0 at p = q and 1 at worst.  The value of
     a position is its total variation.
-
-    Choose it to finish a draft model that is already good, for a fixed draft length near gamma.
+    Choose it to finish a draft model that is already good, for a draft length near gamma.
     Raises `ValueError` for a gamma below 1.
     """
 
@@ -301,8 +289,8 @@ class EndToEndTV(TotalVariation):
     def total(self, measures: Tensor, mask: Tensor) -> Tensor:
         """Return the sum over blocks; see `Divergence.total`."""
         blocks = _Blocks.of(mask, self.gamma)
-        prefixes = blocks.gather(1.0 - measures[:, 0], beyond=0.0).cumprod(-1)  # (N, gamma)
-        return (1.0 - prefixes.sum(-1) / blocks.sizes).sum()
+        prefixes = blocks.gather(1.0 - measures[:, 0]).cumprod(-1)  # (N, gamma)
+        return (1.0 - blocks.mean(prefixes)).sum()
 
 
 @dataclass(frozen=True)
@@ -332,9 +320,8 @@ class DPace(Divergence):
         if not 0 <= self.smoothing <= 1:
             raise ValueError(f"smoothing must be in [0, 1], got {self.smoothing}")
         if self.confidence not in ("acceptance", "likelihood"):
-            raise ValueError(
-                f"confidence must be 'acceptance' or 'likelihood', got {self.confidence!r}"
-            )
+            names = "'acceptance' or 'likelihood'"
+            raise ValueError(f"confidence must be {names}, got {self.confidence!r}")
         if isinstance(self.divergence, EndToEndTV | DPace):
             raise ValueError("DPace weighs a divergence of single positions, got one of blocks")
 
@@ -356,11 +343,11 @@ class DPace(Divergence):
         value = self(target_logits, draft_logits, labels)
         with torch.no_grad():
             if self.confidence == "acceptance":
-                target_logits = _given(target_logits, "the target's logits")
+                assert target_logits is not None
                 confidence = acceptance(target_logits, draft_logits, self.temperature)
             else:
-                rejected = CrossEntropy(temperature=self.temperature)
-                confidence = rejected(None, draft_logits, labels).neg().exp()
+                surprise = CrossEntropy(temperature=self.temperature)
+                confidence = surprise(None, draft_logits, labels).neg().exp()
         return torch.stack([value, confidence], dim=-1)
 
     def total(self, measures: Tensor, mask: Tensor) -> Tensor:
@@ -368,10 +355,10 @@ class DPace(Divergence):
         blocks = _Blocks.of(mask, self.gamma)
         confidence = measures[:, 1].detach()
         confidence = confidence + self.smoothing * (1.0 - confidence)
-        prefixes = blocks.gather(confidence, beyond=0.0).cumprod(-1)  # (N, gamma)
+        prefixes = blocks.gather(confidence).cumprod(-1)  # (N, gamma)
         weights = prefixes.flip(-1).cumsum(-1).flip(-1)
-        values = blocks.gather(measures[:, 0], beyond=0.0)
-        return ((weights * values).sum(-1) / blocks.sizes).sum()
+        values = blocks.gather(measures[:, 0])
+        return blocks.mean(weights * values).sum()
 
 
 def chunked_divergence(
@@ -391,28 +378,22 @@ def chunked_divergence(
     target runs without gradients.
     """
     assert chunk > 0
-    if divergence.needs_target:
-        assert target_hidden is not None and target_head is not None
-        assert len(target_hidden) == len(draft_hidden)
 
-    def measure(draft: Tensor, target: Tensor | None, wanted: Tensor | None) -> Tensor:
+    def measure(draft: Tensor | None, target: Tensor | None, wanted: Tensor | None) -> Tensor:
+        assert draft is not None
         target_logits = None
-        if divergence.needs_target and target is not None and target_head is not None:
+        if divergence.needs_target:
+            assert target is not None and target_head is not None
             with torch.no_grad():
                 target_logits = target_head(target)
         return divergence.measure(target_logits, draft_head(draft), wanted)
 
-    num_scored = len(draft_hidden)
-    if num_scored <= chunk:
-        return measure(draft_hidden, target_hidden, labels)
+    count = len(draft_hidden)
+    remake = torch.is_grad_enabled() and count > chunk
     pieces = []
-    for start in range(0, num_scored, chunk):
-        piece = slice(start, start + chunk)
-        target = None if target_hidden is None else target_hidden[piece]
-        wanted = None if labels is None else labels[piece]
-        if torch.is_grad_enabled():
-            made = checkpoint(measure, draft_hidden[piece], target, wanted, use_reentrant=False)
-        else:
-            made = measure(draft_hidden[piece], target, wanted)
+    for start in range(0, max(count, 1), chunk):
+        columns = (draft_hidden, target_hidden, labels)
+        part = [None if x is None else x[start : start + chunk] for x in columns]
+        made = checkpoint(measure, *part, use_reentrant=False) if remake else measure(*part)
         pieces.append(made)
     return torch.cat(pieces)
