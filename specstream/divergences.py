@@ -70,7 +70,7 @@ class Divergence(ABC):
     def __call__(
         self, target_logits: Tensor | None, draft_logits: Tensor, labels: Tensor | None
     ) -> Tensor:
-        """Return the value (N,) of each position, given logits (N, V) and the data's labels (N,)."""
+        """Return the value (N,) of each position: logits (N, V), labels (N,) of the data."""
 
     def measure(
         self, target_logits: Tensor | None, draft_logits: Tensor, labels: Tensor | None
