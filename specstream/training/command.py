@@ -1,14 +1,14 @@
 """What `train.py` does: parse, open the run folder, fit, export."""
 
 import signal
-from argparse import ArgumentError
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from specstream.config_errors import OneLineErrors
 from specstream.training.base import SummedLossModule
 from specstream.training.checkpoints import AtomicCheckpointIO, RunCheckpoints, TrainingStopped
 from specstream.training.history import HistoryLogger, plot_losses
@@ -17,11 +17,8 @@ from specstream.training.provenance import write_provenance
 from specstream.training.run_folder import RunFolder
 
 
-class OneLineParser(LightningArgumentParser):
-    """Turns every parsing failure into one ValueError."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ValueError(f"config error: {message}")
+class TrainParser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser, with errors of one line."""
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -86,7 +83,7 @@ def run_training(arguments: list[str]) -> int:
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"enable_model_summary": False, "num_sanity_val_steps": 0},
         seed_everything_default=0,
-        parser_class=OneLineParser,
+        parser_class=TrainParser,
         parser_kwargs={"description": train_description()},
         subclass_mode_model=True,
         subclass_mode_data=True,

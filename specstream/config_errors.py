@@ -1,0 +1,110 @@
+"""One line for each way a configuration can be wrong.
+
+jsonargparse reports a mistake deep in a tree of classes as a page of nested messages.  Each nested parser knows
+the class it builds and the options that class has, so the reason is written there, between two marks, and every
+parser on the way out puts its own key in front:
+
+    config error: model.drafter: option 'dpeth' is not accepted by DraftModel; did you mean 'depth'?
+"""
+
+import re
+from argparse import ArgumentError
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+MARKED = re.compile(r"\x02(?P<path>[^\x02\x03]*)\x02(?P<reason>[^\x02\x03]*)\x03")
+KEY = re.compile(r'Parser key "([^"]+)"')
+LONGEST = 300
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line."""
+
+
+class OneLineErrors(ArgumentParser):
+    """Mixed into a parser class: its errors are ConfigErrors of one line, and nothing is printed."""
+
+    built_class: str | None = None
+
+    def add_class_arguments(self, theclass: Any, nested_key: str | None = None, *args: Any, **options: Any) -> Any:
+        if nested_key is None:
+            self.built_class = getattr(theclass, "__name__", None)
+        return super().add_class_arguments(theclass, nested_key, *args, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        marked = MARKED.search(message)
+        before = message[: marked.start()] if marked else message
+        keys = [key for key in KEY.findall(before) if key != "config"]
+        if marked:
+            path, reason = marked["path"], marked["reason"]
+        else:
+            path, reason = explain(message, self.built_class, self._option_names())
+        path = ".".join(part for part in [*keys, path] if part).replace(".init_args.", ".")
+        if not self.exit_on_error:
+            raise ArgumentError(None, f"\x02{path}\x02{reason}\x03") from ex
+        raise ConfigError(f"config error: {path}: {reason}" if path else f"config error: {reason}") from ex
+
+    def _option_names(self) -> list[str]:
+        return [action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")]
+
+
+def explain(message: str, class_name: str | None, options: list[str]) -> tuple[str, str]:
+    """Where and why, for one message of jsonargparse without its nesting.
+
+    class_name: what the options belong to.  options: the names it accepts, dotted.
+    """
+    if found := re.search(r"[Oo]ption '([^']+)' is not accepted", message):
+        return not_accepted(found[1], class_name, options)
+    if found := re.search(r"Group '([^']+)' does not accept option '([^']+)'", message):
+        return not_accepted(f"{found[1]}.{found[2]}", class_name, options)
+    if found := re.search(r"unrecognized arguments: -*(\S+)", message):
+        return not_accepted(found[1].split("=")[0], class_name, options)
+    if found := re.search(r"arguments are required: (.+)", message):
+        owner = f" of {class_name}" if class_name else ""
+        return "", f"required{owner} and not given: {found[1]}"
+    if found := re.search(r"Problem with given class_path '([^']+)':\s*(.+)", message):
+        return "", f"class_path '{found[1]}' cannot be used: {plain(found[2])}"
+    if found := re.search(r"File does not exist: '?([^'\n]+)", message):
+        return "", f"there is no file '{found[1]}'"
+    if found := wrong_type(message):
+        return found
+    return "", plain(KEY.sub("", message))
+
+
+def not_accepted(option: str, class_name: str | None, options: list[str]) -> tuple[str, str]:
+    """Where and why, for an option that nothing accepts, with the nearest that is."""
+    path, _, name = option.rpartition(".")
+    prefix = f"{path}." if path else ""
+    accepted = {o.removeprefix(prefix).split(".")[0] for o in options if o.startswith(prefix)}
+    near = get_close_matches(name, sorted(accepted), 1)
+    owner = f" by {class_name}" if class_name else ""
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    if not near and class_name and accepted:
+        hint = f"; accepted are {', '.join(sorted(accepted))}"
+    return path, f"option '{name}' is not accepted{owner}{hint}"
+
+
+def wrong_type(message: str) -> tuple[str, str] | None:
+    """Where and why, for a value of the wrong type; None for any other message."""
+    value = re.search(r"(?:Got value|Given value): (.*)", message)
+    if value is None:
+        return None
+    shown, path = value[1].strip(), ""
+    if nested := re.match(r"NestedArg\(key='(.*)', val='(.*)'\)", shown):
+        path, shown = nested[1].rstrip("+"), nested[2]
+    if found := re.search(r"Expected a dot import path string: (.+)", message):
+        return path, f"'{found[1].strip()}' is not the path of a class"
+    subtypes = re.search(r"Subtypes: \[(.*)\]", message)
+    expected = subtypes[1].split(", ") if subtypes else re.findall(r"Expected an? (<class '[^']+'>|[^.\n]+)", message)
+    names = [re.sub(r"<class '(?:.*\.)?([^']+)'>", r"\1", name).replace("NoneType", "null") for name in expected]
+    if not names:
+        return None
+    return path, f"expected {' or '.join(dict.fromkeys(names))}, got '{shown[:80]}'"
+
+
+def plain(text: str) -> str:
+    """One line of readable length."""
+    line = " ".join(text.split()).strip(": ")
+    return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
