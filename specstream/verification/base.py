@@ -29,6 +29,6 @@ class TokenVerifier(ABC):
 
         p (B, K+1, V), float32 or float64: the target's law after the first i drafted tokens, for
         i = 0..K, warped as the output is to be.  In a row whose draft is shorter than K nothing
-        beyond its length is accepted, and p beyond it is not read.
+        beyond its length is accepted, and what p holds beyond it does not matter, if finite.
         noise_accept (B, K) and noise_correct (B,): float64 uniforms in [0, 1), used once.
         """

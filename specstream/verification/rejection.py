@@ -130,8 +130,8 @@ class BlockRejection(ChainRejection):
     Algorithm 2.  With w_0 = 1 and w_i = min(1, w_{i-1} p(x_i) / q(x_i)), prefix i is tested with
     probability r_i / (r_i + 1 - w_i), r_i = sum over v of max(0, w_i p - q) at its node (q = 0 at
     the end of the block, hence w there).  Tokens that the draft was too modest about pay for
-    later ones it was too sure of, which the token-wise rule cannot use.  The prefix of length i
-    stands with probability E[w_i] at the end of a block.  Choose it for K of 3 and more.
+    later ones it was too sure of, which the token-wise rule cannot use.  The first i tokens stand
+    with probability E[w_i].  Choose it for K of 3 and more.
 
     A row shorter than K is a block of its own length; the length may depend on the drafted
     tokens before the end (a node where drafting stopped is a node with q = 0).

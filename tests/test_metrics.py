@@ -1,0 +1,84 @@
+"""The numbers of speculative decoding, against their definitions and over several processes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from specstream.metrics import Acceptance, AcceptedLength, Speedup, Throughput, count_by_position
+
+DRAFTED = torch.tensor([3, 3, 3, 2, 0, 3])
+ACCEPTED = torch.tensor([3, 1, 0, 2, 0, 2])
+
+
+def test_the_first_rejected_draft_counts_as_tested_and_those_behind_it_do_not() -> None:
+    tested, accepted = count_by_position(DRAFTED, ACCEPTED, positions=4)
+    assert tested.tolist() == [5, 4, 2, 0]
+    assert accepted.tolist() == [4, 3, 1, 0]
+
+
+def test_acceptance_is_conditional_and_prefixes_are_joint() -> None:
+    metric = Acceptance(positions=4)
+    for half in (slice(0, 2), slice(2, 6)):
+        metric.update(*count_by_position(DRAFTED[half], ACCEPTED[half], positions=4))
+    values = {name: round(value.item(), 6) for name, value in metric.compute().items()}
+    assert values == {
+        "acceptance": round(8 / 11, 6),
+        "alpha_1": 0.8,
+        "prefix_1": 0.8,
+        "alpha_2": 0.75,
+        "prefix_2": 0.6,
+        "alpha_3": 0.5,
+        "prefix_3": 0.3,
+    }
+
+
+def test_acceptance_takes_fewer_positions_than_it_has() -> None:
+    metric = Acceptance(positions=5)
+    metric.update(torch.tensor([4]), torch.tensor([1]))
+    metric.update(torch.tensor([], dtype=torch.long), torch.tensor([], dtype=torch.long))
+    assert metric.compute()["acceptance"] == 0.25
+
+
+def test_nothing_drafted_is_no_number() -> None:
+    with pytest.warns(UserWarning, match="before the ``update``"):
+        assert Acceptance(positions=3).compute() == {}
+    with pytest.warns(UserWarning, match="before the ``update``"):
+        assert math.isnan(AcceptedLength().compute())
+
+
+def test_accepted_length_throughput_and_speedup_are_ratios_of_sums() -> None:
+    tau, speed, speedup = AcceptedLength(), Throughput(), Speedup()
+    tau.update(10, 4)
+    tau.update(torch.tensor(5), torch.tensor(2))
+    speed.update(128, 2.0)
+    speed.update(64, 1.0)
+    speedup.update(3.0, 2.0)
+    speedup.update(1.0, 2.0)
+    assert (tau.compute(), speed.compute(), speedup.compute()) == (2.5, 64.0, 1.0)
+    tau.reset()
+    tau.update(3, 3)
+    assert tau.compute() == 1.0
+
+
+def test_a_metric_of_no_positions_is_refused() -> None:
+    with pytest.raises(ValueError, match="positions must be at least 1, got 0"):
+        Acceptance(positions=0)
+
+
+def test_processes_agree_because_states_add_up() -> None:
+    """Metrics of two halves, reduced as torchmetrics reduces over processes, equal the whole."""
+    parts, whole = [], Acceptance(positions=4)
+    whole.update(*count_by_position(DRAFTED, ACCEPTED, positions=4))
+    for mine in (slice(0, 3), slice(3, 6)):
+        acceptance, tau = Acceptance(positions=4), AcceptedLength()
+        acceptance.update(*count_by_position(DRAFTED[mine], ACCEPTED[mine], positions=4))
+        tau.update(int(ACCEPTED[mine].sum()) + 3, 3)
+        parts.append((acceptance, tau))
+    (acceptance, tau), (other_acceptance, other_tau) = parts
+    acceptance.merge_state(other_acceptance)
+    tau.merge_state(other_tau)
+    assert acceptance.compute() == whole.compute()
+    assert tau.compute() == torch.tensor((8 + 6) / 6)
