@@ -52,12 +52,13 @@ def target_pass(
     nodes = torch.cat([last, draft.tokens], 1)  # (B, K+1)
     logits = target.extend(nodes, context.lengths - 1, cache, view)  # (B, K+1, V)
     p = probabilities(logits, sampling, _seen_at_nodes(context.seen, draft.tokens))
-    elements = context.elements(num + 1)
+    elements = context.elements(max(num, 1))
     verdict = verifier(
         draft,
         p,
         noise.uniform(context.prompts, elements[:, :num], Role.ACCEPT),
-        noise.uniform(context.prompts, elements[:, num], Role.CORRECT),
+        # Not at the last node: its number would depend on the longest draft in the batch.
+        noise.uniform(context.prompts, elements[:, 0], Role.CORRECT),
     )
     counts = verdict.accepted.sum(1)  # (B,)
     steps = torch.arange(num + 1, device=nodes.device)
