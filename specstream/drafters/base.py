@@ -35,7 +35,7 @@ class Drafter(nn.Module, ABC):
         A row where nothing can be guessed gets a smaller length, down to 0.
         """
 
-    def observe(self, accepted: Sequence[int], cache: Any) -> None:  # noqa: B027
+    def observe(self, accepted: Sequence[int], cache: Any) -> None:
         """Learn how many drafted tokens of each row stood; changes `cache` only."""
 
     @abstractmethod

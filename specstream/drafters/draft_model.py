@@ -1,4 +1,4 @@
-"""A small causal LM as drafter (Leviathan et al. 2023; Chen et al. 2023), and one cut from its target.
+"""A small causal LM as drafter (Leviathan, Chen et al. 2023), and one cut from its target.
 
 Shapes: B rows, K drafted tokens, V vocabulary, W window of tokens the drafter has to catch up on.
 """
@@ -62,15 +62,20 @@ class DraftModel(Drafter):
         noise: Noise,
     ) -> TokenDraft:
         rows = [len(tokens) for tokens in context.history]
+        room = self.model.max_positions
+        if room is not None and min(rows) > room:
+            cache.drafted = 0
+            return TokenDraft(
+                context.tokens[:, :0], None, torch.zeros_like(context.lengths)
+            )  # every row has outgrown the drafter's context
         self._catch_up(context, cache)
         view = bucket(max(rows) + num_tokens, cache.slots.capacity)
         tokens, probs = self(context, cache.slots, num_tokens, sampling, noise, view)
         cache.valid = rows
         cache.drafted = num_tokens
         lengths = torch.full_like(context.lengths, num_tokens)
-        if self.model.max_positions is not None:
-            fits = context.lengths + num_tokens <= self.model.max_positions
-            lengths = lengths * fits
+        if room is not None:  # the token drafted last is not read by the drafter
+            lengths = (room + 1 - context.lengths).clamp(min=0, max=num_tokens)
         return TokenDraft(tokens, probs, lengths)
 
     def forward(
@@ -84,8 +89,9 @@ class DraftModel(Drafter):
     ) -> tuple[Tensor, Tensor]:
         """Draw K tokens one after the other: tokens (B, K) and their laws (B, K, V).
 
-        This is the part of `propose` with fixed shapes, which `Module.compile` takes whole.  The first pass reads the last two committed tokens, because after a wholly accepted draft
-        the drafter has seen neither: so the shapes are the same after every round.
+        This is the part of `propose` with fixed shapes, which `Module.compile` takes whole.  The
+        first pass reads the last two committed tokens, because after a wholly accepted draft the
+        drafter has seen neither: so the shapes are the same after every round.
         """
         start = (context.lengths - 2).clamp(min=0)
         last = context.lengths - 1 - start
@@ -124,7 +130,7 @@ class DraftModel(Drafter):
 
     def observe(self, accepted: Sequence[int], cache: DraftCache) -> None:
         # The last drafted token was drawn but never read, so its keys and values are missing.
-        read = cache.drafted - 1
+        read = max(cache.drafted - 1, 0)
         cache.valid = [v + min(a, read) for v, a in zip(cache.valid, accepted, strict=True)]
 
     def check_target(self, target: nn.Module, processor: TextProcessor) -> None:
@@ -134,6 +140,8 @@ class DraftModel(Drafter):
                 f"drafter has a vocabulary of {self.model.vocab_size}, target one of {size}: "
                 "they must share a tokenizer"
             )
+        if self.model.path and self.model.path != target.path:
+            processor.check_vocabulary(self.model.path)
 
     def save(self, folder: Path, processor: TextProcessor) -> dict[str, Any]:
         self.model.save(folder, processor.tokenizer)

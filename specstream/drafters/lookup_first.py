@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class LookupFirstCache:
     lookup: LookupCache
     model: Any
     ran: bool = False
+    copied: list[bool] = field(default_factory=list)
 
 
 class LookupFirst(Drafter):
@@ -67,13 +68,16 @@ class LookupFirst(Drafter):
         guesses = self.lookup.guesses(context, cache.lookup, num_tokens)
         copied = self.lookup.draft(context, guesses)
         cache.ran = not all(guesses)
+        cache.copied = [bool(guess) for guess in guesses]
         if not cache.ran:
             return copied
         drawn = self.drafter.propose(context, cache.model, num_tokens, sampling, noise)
         if not any(guesses):
             return drawn
+        if drawn.tokens.shape[1] == 0:
+            return copied
         assert drawn.probs is not None
-        found = torch.tensor([bool(guess) for guess in guesses], device=drawn.tokens.device)
+        found = torch.tensor(cache.copied, device=drawn.tokens.device)
         return TokenDraft(
             torch.where(found[:, None], copied.tokens, drawn.tokens),
             torch.where(found[:, None, None], _one_hot(copied.tokens, drawn.probs), drawn.probs),
@@ -81,8 +85,9 @@ class LookupFirst(Drafter):
         )
 
     def observe(self, accepted: Sequence[int], cache: LookupFirstCache) -> None:
-        if cache.ran:
-            self.drafter.observe(accepted, cache.model)
+        if cache.ran:  # where a row copied, the wrapped drafter has read tokens that do not stand
+            own = [0 if c else a for a, c in zip(accepted, cache.copied, strict=True)]
+            self.drafter.observe(own, cache.model)
 
     def check_target(self, target: nn.Module, processor: TextProcessor) -> None:
         self.drafter.check_target(target, processor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -82,8 +82,10 @@ class TextPipeline(Pipeline):
         `indices` are given, and on nothing else of the batch.  Raises ValueError for an empty
         prompt, or one that leaves no room in the model's context.
         """
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = [self.encode(prompt) for prompt in prompts]
         numbers = list(range(len(encoded))) if indices is None else list(indices)
+        if len(set(numbers)) != len(encoded):
+            raise ValueError(f"{len(encoded)} prompts need as many different indices: {numbers}")
         self.stats = self._new_stats()
         self.stats.prompts = len(encoded)
         noise = Noise(0 if seed is None else seed, self.target.device)
@@ -109,18 +111,8 @@ class TextPipeline(Pipeline):
             origins[step.prompt] += step.origins
         return [Completion(n, "".join(texts[n]), tokens[n], origins[n]) for n in numbers]
 
-    @abstractmethod
-    def _decode(self, batch: Batch, cache: SlotCache, noise: Noise) -> Iterator[list[Step]]:
-        """Run one prefilled batch to its end, yielding the steps of each round."""
-
-    def _new_stats(self) -> Stats:
-        return Stats("text", self.guarantee, quantized=self._quantized())
-
-    def _quantized(self) -> dict[str, Any]:
-        report = quantization_report(self.target)
-        return {} if report is None else {"target": report}
-
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's token ids; ValueError for one that this pipeline cannot decode."""
         tokens = self.processor.encode(prompt, self.chat)
         if not tokens:
             raise ValueError("a prompt is empty, and the tokenizer starts a text with no token")
@@ -137,6 +129,17 @@ class TextPipeline(Pipeline):
                 f"exceed the target's context of {room}"
             )
         return tokens
+
+    @abstractmethod
+    def _decode(self, batch: Batch, cache: SlotCache, noise: Noise) -> Iterator[list[Step]]:
+        """Run one prefilled batch to its end, yielding the steps of each round."""
+
+    def _new_stats(self) -> Stats:
+        return Stats("text", self.guarantee, quantized=self._quantized())
+
+    def _quantized(self) -> dict[str, Any]:
+        report = quantization_report(self.target)
+        return {} if report is None else {"target": report}
 
     def _timed(self, prompts: list[list[int]], indices: list[int], noise: Noise) -> Iterator[Step]:
         """Decode one batch; the clock runs while we work and stands while the caller does."""
@@ -190,4 +193,4 @@ def prefill(target: PretrainedLM, batch: Batch, cache: SlotCache) -> None:
 def compile_shapes(function: F) -> F:
     """Compile `function` once for each shape it meets, without graph breaks."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    return cast(F, torch.compile(function, dynamic=False, fullgraph=True))

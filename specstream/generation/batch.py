@@ -6,7 +6,7 @@ so that nothing follows an end and no limit is overshot.  It does not know model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from specstream.structures import Context, Origin, Stats, Step
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Where a row ends: after `max_new_tokens`, at a `stop` string (cut off), at end of sequence."""
+    """Where a row ends: at `max_new_tokens`, a `stop` string (cut off), or end of sequence."""
 
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
@@ -89,17 +89,22 @@ class Batch:
         """Committed tokens of the longest row."""
         return max(len(tokens) for tokens in self.context.history)
 
-    def commit(self, committed: Committed) -> tuple[list[Step], list[Outcome]]:
+    def commit(
+        self, committed: Committed, shortened: Collection[int] = ()
+    ) -> tuple[list[Step], list[Outcome]]:
         """Take over what a target pass committed: the rows' steps, and every row's outcome.
 
-        This is the round's one transfer from the device.
+        This is the round's one transfer from the device.  `shortened` are the rows that drafted
+        less than they would have, because of the limit; such a round is not counted as a full one.
         """
         heads = torch.stack([committed.drafted, committed.counts], 1)
         packed = torch.cat([heads, committed.tokens], 1).tolist()
         self.context.lengths, self.context.seen = committed.lengths, committed.seen
         outcomes = [Outcome(drafted, accepted) for drafted, accepted, *_ in packed]
         steps = [
-            self._commit_row(row, packed[row][2 : 3 + outcomes[row].accepted], outcomes[row])
+            self._commit_row(
+                row, packed[row][2 : 3 + outcomes[row].accepted], outcomes[row], row in shortened
+            )
             for row in self.rows
         ]
         if any(step.finished for step in steps):
@@ -107,13 +112,13 @@ class Batch:
             self.context.active = left.to(self.context.active.device)
         return steps, outcomes
 
-    def _commit_row(self, row: int, tokens: list[int], outcome: Outcome) -> Step:
-        drafted = outcome.drafted
+    def _commit_row(self, row: int, tokens: list[int], outcome: Outcome, shortened: bool) -> Step:
+        origins = _origins(outcome)
         kept = self._cut(row, tokens)
         finished = kept is not None
-        self._count(len(tokens), drafted, finished)
-        if kept is not None:
-            tokens = tokens[:kept]
+        if not shortened and (kept is None or kept == len(tokens)):
+            self._count(outcome)
+        tokens, origins = tokens[:kept], origins[:kept]
         self.context.history[row].extend(tokens)
         self.remaining[row] = 0 if finished else self.remaining[row] - len(tokens)
         self.stats.elements += len(tokens)
@@ -121,7 +126,7 @@ class Batch:
         if finished:
             stream.close()
         text = stream.take(final=finished)
-        return Step(self.indices[row], tokens, _origins(tokens, drafted, kept), text, finished)
+        return Step(self.indices[row], tokens, origins, text, finished)
 
     def _cut(self, row: int, tokens: list[int]) -> int | None:
         """Show the tokens to the row's text; return how many stay if the row ends among them."""
@@ -133,13 +138,11 @@ class Batch:
         stopped = self.streams[row].push(visible)
         return min([*cuts, stopped]) if stopped is not None else min(cuts, default=None)
 
-    def _count(self, committed: int, drafted: int, finished: bool) -> None:
-        """Count a round unless it was cut: a cut round says nothing about acceptance."""
-        if finished:
-            return
-        stats, accepted = self.stats, committed - 1
+    def _count(self, outcome: Outcome) -> None:
+        """Count a round that nothing cut short: its outcome had no part in counting it."""
+        stats, drafted, accepted = self.stats, outcome.drafted, outcome.accepted
         stats.full_rounds += 1
-        stats.full_committed += committed
+        stats.full_committed += accepted + 1
         stats.draft_lengths += drafted
         stats.plain_rounds += drafted == 0
         missing = drafted - len(stats.tested)
@@ -150,11 +153,9 @@ class Batch:
             stats.accepted[i] += i < accepted
 
 
-def _origins(tokens: list[int], drafted: int, kept: int | None) -> list[Origin]:
-    """Say of each kept token of a round where it came from."""
-    if drafted == 0:
-        return [Origin.PLAIN] * len(tokens)
-    last = Origin.BONUS if len(tokens) > drafted else Origin.CORRECTION
-    if kept is not None and kept <= drafted:
-        last = Origin.ACCEPTED
-    return [Origin.ACCEPTED] * (len(tokens) - 1) + [last] * bool(tokens)
+def _origins(outcome: Outcome) -> list[Origin]:
+    """Say of each token of a round where it came from."""
+    if outcome.drafted == 0:
+        return [Origin.PLAIN]
+    last = Origin.BONUS if outcome.accepted == outcome.drafted else Origin.CORRECTION
+    return [Origin.ACCEPTED] * outcome.accepted + [last]

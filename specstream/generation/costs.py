@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -17,6 +18,7 @@ import torch
 
 from specstream.generation.batch import Batch
 from specstream.generation.lengths import StepCosts
+from specstream.generation.target_pass import pad_draft
 from specstream.sampling import Noise
 from specstream.structures import Stats
 
@@ -37,13 +39,13 @@ def stored_costs(pipeline: SpeculativePipeline, folder: Path | None = None) -> S
     path = folder / f"{_key(pipeline)}.json"
     try:
         stored = json.loads(path.read_text())
-        costs: StepCosts | None = StepCosts(
-            stored["plain"], tuple(stored["verify"]), tuple(stored["draft"])
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        costs = None  # absent or damaged: measured again and replaced
-    if costs is not None and len(costs.verify) > pipeline.lengths.max_tokens:
-        return costs
+        costs = StepCosts(stored["plain"], tuple(stored["verify"]), tuple(stored["draft"]))
+        size = pipeline.lengths.max_tokens + 1
+        seconds = [costs.round_seconds(k) for k in range(size)]
+        if len(costs.verify) == len(costs.draft) == size and 0 < min(seconds) < math.inf:
+            return costs
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # absent or damaged: measured again and replaced
     costs = measure_costs(pipeline)
     _write(path, costs)
     return costs
@@ -72,7 +74,8 @@ def measure_costs(pipeline: SpeculativePipeline) -> StepCosts:
     plain = 0.0
     for k in range(top + 1):
         wanted = [k] * pipeline.batch_size
-        made = pipeline.draft(context, state, wanted, noise)
+        # A drafter that finds nothing drafts nothing, but what it finds later is verified.
+        made = pad_draft(pipeline.draft(context, state, wanted, noise), k)
         spent = _median(lambda d=made: pipeline.verify(context, cache, d, noise))
         if k == 0:
             plain = spent

@@ -73,14 +73,16 @@ class SpeculativePipeline(TextPipeline):
         rows = [self.lengths.for_row(self.costs) for _ in batch.indices]
         state = self.drafter.new_cache(len(rows), cache.capacity)
         while alive := batch.rows:
+            chosen = {row: rows[row].choose() for row in alive}
             wanted = [0] * len(rows)
             for row in alive:  # one token of a row's last is the target's own
-                wanted[row] = min(rows[row].choose(), batch.remaining[row] - 1)
+                wanted[row] = min(chosen[row], batch.remaining[row] - 1)
+            shortened = {row for row in alive if wanted[row] < chosen[row]}
             draft = self.draft(batch.context, state, wanted, noise)
             committed = self.verify(batch.context, cache, draft, noise)
             self.stats.target_calls += 1
             self.stats.target_rows += len(alive) * (draft.tokens.shape[1] + 1)
-            steps, outcomes = batch.commit(committed)
+            steps, outcomes = batch.commit(committed, shortened)
             if max(wanted):
                 self.stats.draft_calls += 1
                 self.drafter.observe([outcome.accepted for outcome in outcomes], state)

@@ -21,7 +21,7 @@ VIEW_STEP = 128  # slots; views are rounded up to it, so that shapes recur
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one decoder layer, stored as (B * C, H * D) so that a write is one kernel."""
+    """Keys and values of one decoder layer, stored (B * C, H * D): a write is one kernel."""
 
     is_compileable = True
     is_sliding = False
@@ -36,7 +36,7 @@ class SlotLayer(CacheLayerMixin):
         self.view = capacity  # how many slots of each row the running pass reads
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate zeroed storage like `key_states` (B, H, T, D); zeros keep masked slots finite."""
+        """Allocate zeroed storage for `key_states` (B, H, T, D); zeros keep masked slots finite."""
         rows = self.batch_size * self.capacity
         self.keys = key_states.new_zeros(rows, key_states.shape[1] * key_states.shape[3])
         self.values = value_states.new_zeros(rows, value_states.shape[1] * value_states.shape[3])
@@ -111,11 +111,13 @@ def attention_mask(
 
     `positions` (B, T) are the slots of the queries, and also their places in the sequence for a
     chain.  `window` limits the look back (sliding attention).  `ancestors` (B, T, T) bool replaces
-    the causal order among the T queries themselves by a tree's: query i sees query j.
+    the causal order among the T queries themselves by a tree's: query i sees query j.  A tree's
+    slots are not its places in the sequence, so it takes no `window`.
     """
     slots = torch.arange(view, device=positions.device)
     reach = positions[:, :, None]
     if ancestors is not None:
+        assert window is None, "a window would have to be measured in depths"
         return _tree_mask(positions, slots, ancestors)
     mask = slots <= reach
     if window is not None:
@@ -124,7 +126,7 @@ def attention_mask(
 
 
 def _tree_mask(positions: Tensor, slots: Tensor, ancestors: Tensor) -> Tensor:
-    """Everything before the first query, and each query's own ancestors; positions are contiguous."""
+    """All before the first query, and each query's own ancestors; positions are contiguous."""
     first = positions[:, :1, None]
     offset = (slots - first).expand(positions.shape[0], positions.shape[1], slots.shape[0])
     inside = (offset >= 0) & (offset < positions.shape[1])

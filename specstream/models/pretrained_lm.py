@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTIONS = ("sdpa", "eager")  # those that take a mask of our own
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 HEAD_SCALINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -142,8 +143,15 @@ class PretrainedLM(nn.Module):
                 mask = mask & (steps[:, None] - steps < window)
             return mask
 
-        masks = {name: build(window) for name, window in self.windows.items()}
+        masks = {name: self._as_attention_reads(build(w)) for name, w in self.windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _as_attention_reads(self, mask: Tensor) -> Tensor:
+        """Eager attention of `transformers` adds its mask to the scores; sdpa takes a bool one."""
+        if self.config._attn_implementation != "eager":
+            return mask
+        hidden = torch.finfo(self.dtype).min
+        return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, hidden)
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade recomputation for activation memory in training."""
@@ -245,6 +253,10 @@ def load_model(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTr
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if attn_implementation not in ATTENTIONS:
+        raise ValueError(
+            f"attn_implementation {attn_implementation!r} is not one of {', '.join(ATTENTIONS)}"
+        )
     folder = Path(path)
     if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") != 1):
         raise ValueError(f"no model folder at {path!r}")
@@ -252,40 +264,47 @@ def load_model(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTr
         raise ValueError(f"{path!r} holds no config.json, so it is not a model folder")
     try:
         config = AutoConfig.from_pretrained(path)
-        refuse_unsupported(config)
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn_implementation
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"cannot load a model from {path!r}: {_first_line(error)}") from error
+    refuse_unsupported(config)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
         )
-    except (OSError, SafetensorError, RuntimeError, json.JSONDecodeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot load a model from {path!r}: {first}") from error
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot load a model from {path!r}: {_first_line(error)}") from error
+    if report["missing_keys"]:  # transformers would draw them at random and warn
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"{path!r} lacks {len(missing)} of its model's weights, {missing[0]} for one"
+        )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def refuse_unsupported(config: PretrainedConfig) -> None:
     """Raise ValueError, naming the reason, for a model that a slot a token cannot serve."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"model type {kind!r} is an encoder-decoder, not a causal language model")
     if kind in {"bloom", "mpt"} or getattr(config, "alibi", False):
         raise ValueError(f"model type {kind!r} uses ALiBi positions, which are not supported")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"model type {kind!r} is not a causal language model of transformers")
+    if config.get_text_config() is not config:
+        raise ValueError(f"model type {kind!r} is multimodal; only its language model would do")
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
-    stateful = {
-        "mamba",
-        "mamba2",
-        "rwkv",
-        "xlstm",
-        "falcon_mamba",
-        "recurrent_gemma",
-        "jamba",
-        "zamba",
-    }
-    if kinds or kind in stateful:
+    if kinds or architecture._is_stateful:
         found = ", ".join(sorted(kinds)) or "recurrent"
         raise ValueError(f"model type {kind!r} has {found} layers; only attention is supported")
+    if not architecture._can_compile_fullgraph:  # transformers' mark of a static cache
+        raise ValueError(f"model type {kind!r} does not work with a static key-value cache")
 
 
 def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
@@ -298,7 +317,7 @@ def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
 
 
 def document_mask(documents: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (documents, mask (B, 1, T, T) bool): causal, within a document, padding sees itself."""
+    """Return (documents, mask (B, 1, T, T) bool): causal, each document apart, padding too."""
     steps = torch.arange(documents.shape[1], device=documents.device)
     same = documents[:, :, None] == documents[:, None, :]
     return documents, (same & (steps[:, None] >= steps))[:, None]
