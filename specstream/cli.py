@@ -21,6 +21,24 @@ def train(arguments: Sequence[str] | None = None) -> int:
         return report(error)
 
 
+def generate(arguments: Sequence[str] | None = None) -> int:
+    """`python generate.py --run checkpoints/NAME --prompt "..."`, or `--config X.yaml` for `--run`.
+
+    Returns the exit code: 0 done, 2 something that was asked for cannot be, in one line, and 130
+    after Ctrl-C, with what was finished kept.
+    """
+    quiet_known_noise()
+    try:
+        from specstream.generation.command import run_generation
+
+        return run_generation(list(sys.argv[1:] if arguments is None else arguments))
+    except (ValueError, OSError) as error:
+        return report(error)
+    except KeyboardInterrupt:
+        print("interrupted before anything was generated", file=sys.stderr)
+        return 130
+
+
 def report(error: Exception) -> int:
     """Print a user's mistake as one line on stderr; returns the exit code 2."""
     text = " ".join(str(error).split())

@@ -1,10 +1,13 @@
-"""From a run folder to a pipeline: what training wrote is all that decoding needs."""
+"""From a run folder, or from models spelled out, to a pipeline that decodes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from specstream.drafters import LookupFirst
+from torch import nn
+
+from specstream.drafters import CutDraftModel, Drafter, LookupFirst, PromptLookup
 from specstream.drafters.loading import load_drafter, read_record
 from specstream.generation.autoregressive import AutoregressivePipeline
 from specstream.generation.base import TextPipeline
@@ -18,6 +21,7 @@ from specstream.sampling import Sampling
 from specstream.verification import TokenVerifier
 
 QUANTIZED = ("none", "target", "drafter", "both")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load_run(
@@ -38,19 +42,13 @@ def load_run(
 ) -> TextPipeline:
     """Load a run folder for generation: its drafter with its target, or a trained model alone.
 
-    `lookup` lets the drafter copy from the text where a long n-gram recurs; `device` is auto (the
-    first GPU, else the CPU) or a torch device; `quantize_models` is none, target, drafter or both
-    (int8 weight-only).  Raises ValueError in one line for a folder that is not a run, and for
-    whatever in it is missing or damaged.
+    `dtype` and `attn_implementation` are those of `PretrainedLM`, for both models; everything else
+    is explained in `build_pipeline`.  Raises ValueError in one line for a folder that is not a
+    run, and for whatever in it is missing or damaged.
     """
     folder = Path(run)
     if not folder.is_dir():
         raise ValueError(f"no run folder at {str(folder)!r}")
-    if quantize_models not in QUANTIZED:
-        raise ValueError(
-            f"quantize_models {quantize_models!r} is not one of {', '.join(QUANTIZED)}"
-        )
-    place = _device(device)
     alone = _model_folder(folder)
     draft = folder / "draft"
     if alone is None and not draft.is_dir():
@@ -58,23 +56,72 @@ def load_run(
             f"{str(folder)!r} holds neither draft/ nor model/: nothing to generate with"
         )
     path = str(alone) if alone is not None else str(read_record(draft)["target"]["path"])
-    target = PretrainedLM(path, dtype, attn_implementation).eval().requires_grad_(False).to(place)
-    processor = TextProcessor.from_pretrained(path)
-    if quantize_models in ("target", "both"):
-        quantize(target, "int8_weight_only")
-    if alone is not None:
+    return build_pipeline(
+        PretrainedLM(path, dtype, attn_implementation),
+        None if alone is not None else lambda target: load_drafter(draft, target, dtype),
+        sampling=sampling,
+        limits=limits,
+        verifier=verifier,
+        lengths=lengths,
+        lookup=lookup,
+        batch_size=batch_size,
+        compile=compile,
+        chat=chat,
+        device=device,
+        quantize_models=quantize_models,
+    )
+
+
+def build_pipeline(
+    target: nn.Module,
+    drafter: Callable[[nn.Module], Drafter] | None = None,
+    *,
+    sampling: Sampling | None = None,
+    limits: Limits | None = None,
+    verifier: TokenVerifier | None = None,
+    lengths: DraftLength | None = None,
+    lookup: bool = False,
+    batch_size: int = 1,
+    compile: bool = False,
+    chat: bool = False,
+    device: str = "auto",
+    quantize_models: str = "none",
+) -> TextPipeline:
+    """Put models together for decoding: speculative with a drafter, plain without one.
+
+    `drafter` builds the drafter from the target.  `lookup` lets it copy from the text where a long
+    n-gram recurs; without a drafter, looking up is the drafter.  `device` is auto (the first GPU,
+    else the CPU) or a torch device; `quantize_models` is none, target, drafter or both (int8
+    weight-only).  Raises ValueError for models that do not fit together, and for an option that
+    would have no effect.
+    """
+    if quantize_models not in QUANTIZED:
+        raise ValueError(
+            f"quantize_models {quantize_models!r} is not one of {', '.join(QUANTIZED)}"
+        )
+    if not isinstance(target, PretrainedLM) or not target.path:
+        raise ValueError(
+            f"the target must be a PretrainedLM from a folder or the hub, not {type(target).__name__}"
+        )
+    place = find_device(device)
+    target = target.eval().requires_grad_(False).to(place)
+    processor = TextProcessor.from_pretrained(target.path)
+    if drafter is None and not lookup:
+        if verifier is not None or lengths is not None or quantize_models in ("drafter", "both"):
+            raise ValueError("there is no drafter: verifier, draft length and its int8 have no use")
+        if quantize_models == "target":
+            quantize(target, "int8_weight_only")
         return AutoregressivePipeline(
             target, processor, sampling, limits, batch_size, compile, chat
         )
-    drafter = load_drafter(draft, target, dtype).to(place)
-    if quantize_models in ("drafter", "both"):
-        quantize(drafter, "int8_weight_only")
-    if lookup:
-        inner = drafter
-        drafter = LookupFirst(target, lambda _: inner)
+    guesser = _build_drafter(target, drafter, lookup).eval().requires_grad_(False).to(place)
+    check_tokenizers(target, processor, guesser)
+    for model, name in ((target, "target"), (guesser, "drafter")):
+        if quantize_models in (name, "both"):
+            quantize(model, "int8_weight_only")
     return SpeculativePipeline(
         target,
-        drafter,
+        guesser,
         processor,
         verifier,
         lengths,
@@ -86,6 +133,54 @@ def load_run(
     )
 
 
+def _build_drafter(
+    target: PretrainedLM, drafter: Callable[[nn.Module], Drafter] | None, lookup: bool
+) -> Drafter:
+    if drafter is None:
+        return PromptLookup(target)
+    built = drafter(target)
+    if isinstance(built, CutDraftModel):  # cut for training, in float32
+        built.to(target.dtype)
+    return LookupFirst(target, lambda _: built) if lookup else built
+
+
+def check_tokenizers(target: PretrainedLM, processor: TextProcessor, drafter: Drafter) -> None:
+    """Raise ValueError where a model of `drafter` means another text by one of the token ids.
+
+    Vocabularies of one size may still differ.  Ids that only one of the two knows do no harm: a
+    draft of them is rejected.  A draft model that carries no tokenizer is taken at its word.
+    """
+    for model in drafter.modules():
+        if not isinstance(model, PretrainedLM) or model.path in ("", target.path):
+            continue
+        if not _has_tokenizer(model.path) or _same_tokenizer_file(model.path, target.path):
+            continue
+        own = TextProcessor.from_pretrained(model.path).tokenizer.get_vocab()
+        names = {index: name for name, index in own.items()}
+        shared = [
+            (index, name, names[index])
+            for name, index in processor.tokenizer.get_vocab().items()
+            if names.get(index, name) != name
+        ]
+        if shared:
+            index, name, other = min(shared)
+            raise ValueError(
+                f"drafter {model.path!r} and target {target.path!r} have different tokenizers: "
+                f"token {index} is {other!r} for the drafter and {name!r} for the target"
+            )
+
+
+def _has_tokenizer(path: str) -> bool:
+    """Whether a model's folder holds a tokenizer; of a hub model it is taken for granted."""
+    folder = Path(path)
+    return not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _same_tokenizer_file(path: str, other: str) -> bool:
+    files = [Path(folder) / "tokenizer.json" for folder in (path, other)]
+    return all(file.is_file() for file in files) and len({f.read_bytes() for f in files}) == 1
+
+
 def _model_folder(folder: Path) -> Path | None:
     """Return where a trained model stands alone: the folder itself, or its model/."""
     for place in (folder, folder / "model"):
@@ -94,9 +189,16 @@ def _model_folder(folder: Path) -> Path | None:
     return None
 
 
-def _device(name: str) -> str:
+def find_device(name: str) -> str:
+    """Return a torch device that exists, `auto` the first GPU or else the CPU; else ValueError."""
     import torch
 
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} does not exist: {torch.cuda.device_count()} GPUs found")
+    return name

@@ -1,0 +1,217 @@
+"""The options of `generate.py`: flags on the command line, keys in configs/generate/*.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import Namespace
+from torch import nn
+
+from specstream.config_errors import ConfigError, OneLineErrors
+from specstream.drafters import Drafter
+from specstream.generation.batch import Limits
+from specstream.generation.lengths import CostModelLength, DraftLength, FixedLength
+from specstream.generation.loading import find_device
+from specstream.sampling import Sampling
+from specstream.verification import TokenVerifier
+
+DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is decoded, with what, how, and what is shown of it.
+
+    Args:
+        run: a run folder, checkpoints/NAME; the models are its own.
+        target: instead of a run, the model whose output is wanted (class_path and init_args).
+        drafter: who guesses for the target; none: plain decoding.
+        verifier: which guesses stand; TokenRejection unless said.
+        lengths: how many tokens are drafted in a round; CostModelLength unless said.
+        draft_tokens: short for lengths: N tokens in every round, or auto, the cost model.
+        lookup: also copy from the text so far, where a long n-gram recurs.
+        prompt: the text to continue.
+        prompts: a file of prompts (.jsonl, .jsonl.gz, .parquet), instead of one.
+        template: how a record of that file becomes a prompt.
+        limit: only the first so many prompts of that file.
+        output: the .jsonl that gets the continuations, in the order of the prompts.
+        overwrite: replace an output that exists.
+        devices: decode a file of prompts in so many processes, one for each device.
+        batch_size: prompts decoded at once.
+        max_new_tokens: a continuation is no longer.
+        stop: a continuation ends before this string, or one of these.
+        ignore_eos: go on after the end of sequence.
+        temperature: of the law that is drawn from; 0 is greedy.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the most probable tokens that add up to this.
+        min_p: keep tokens at least this fraction as probable as the best.
+        repetition_penalty: divide the score of tokens already in the text; 1 is off.
+        seed: decides every draw.
+        chat: put the prompt into the chat template of the tokenizer.
+        dtype: of the weights; auto is bfloat16 where the hardware computes in it.
+        device: auto, cpu, cuda or cuda:N.
+        attn_implementation: sdpa, eager or another of transformers.
+        compile: compile the passes with torch.compile, at the start of the first run.
+        quantize: int8 weights for one of the models or both.
+        show_drafts: colour tokens by where they came from.
+        compare: also decode with the plain target, three times each, and report the speedup.
+        stats: write the statistics as one JSON object to this file.
+    """
+
+    run: str | None = None
+    target: Callable[[], nn.Module] | None = None
+    drafter: Callable[[nn.Module], Drafter] | None = None
+    verifier: TokenVerifier | None = None
+    lengths: DraftLength | None = None
+    draft_tokens: int | Literal["auto"] | None = None
+    lookup: bool = False
+    prompt: str | None = None
+    prompts: str | None = None
+    template: str = "{prompt}"
+    limit: int | None = None
+    output: str | None = None
+    overwrite: bool = False
+    devices: int = 1
+    batch_size: int = 1
+    max_new_tokens: int = 128
+    stop: list[str] | str = field(default_factory=list)
+    ignore_eos: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    chat: bool = False
+    dtype: DTYPES | None = None
+    device: str = "auto"
+    attn_implementation: str | None = None
+    compile: bool = False
+    quantize: Literal["none", "target", "drafter", "both"] = "none"
+    show_drafts: bool = False
+    compare: bool = False
+    stats: str | None = None
+
+    @property
+    def sampling(self) -> Sampling:
+        """The law that is drawn from."""
+        return Sampling(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+        )
+
+    @property
+    def limits(self) -> Limits:
+        """Where a continuation ends."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return Limits(self.max_new_tokens, stop, self.ignore_eos)
+
+    @property
+    def draft_length(self) -> DraftLength | None:
+        """What `draft_tokens` says, else `lengths`."""
+        if self.draft_tokens is None:
+            return self.lengths
+        return CostModelLength() if self.draft_tokens == "auto" else FixedLength(self.draft_tokens)
+
+
+def make_parser() -> OneLineErrors:
+    """Return the parser of `generate.py`."""
+    parser = OneLineErrors(
+        prog="generate.py",
+        description="Decode with a run, or with models spelled out; see configs/generate.",
+    )
+    parser.add_argument("--config", action="config", help="a file of these options")
+    # plain str: a prompt such as "# read a file" is not to be read as YAML
+    parser.add_argument("--prompt", type=str, default=None, help="the text to continue")
+    parser.add_class_arguments(Options, skip={"prompt"})
+    parser.built_class = None
+    return parser
+
+
+def parse_options(arguments: list[str]) -> Options:
+    """Read the options and refuse what contradicts itself; no model is touched yet."""
+    parser = make_parser()
+    parsed = parser.parse_args(arguments)
+    for key in ("dtype", "attn_implementation"):
+        if parsed[key] is not None:
+            set_in_models([parsed["target"], parsed["drafter"]], key, parsed[key])
+    try:
+        values = parser.instantiate(parsed)
+    except ValueError as error:
+        raise ConfigError(f"config error: {root_cause(error)}") from error
+    values.pop("config")
+    options = Options(**vars(values))
+    check_options(options)
+    return options
+
+
+def set_in_models(node: Any, key: str, value: str) -> None:
+    """Set an option in every block of a config that has it: `--dtype` is for all models."""
+    if isinstance(node, Namespace):
+        if key in node:
+            node[key] = value
+        node = list(vars(node).values())
+    if isinstance(node, list):
+        for part in node:
+            set_in_models(part, key, value)
+
+
+def check_options(options: Options) -> None:
+    """Raise ConfigError for options that exclude or need one another, and for paths that fail."""
+    if (options.run is None) == (options.target is None):
+        wrong("run", "give --run checkpoints/NAME, or a target in a --config; one of the two")
+    if options.run is not None and options.drafter is not None:
+        wrong("drafter", "a run has its own drafter; spell out the target too, in a --config")
+    if (options.prompt is None) == (options.prompts is None):
+        wrong("prompt", "give --prompt TEXT, or --prompts FILE with --output FILE; one of the two")
+    for name in ("output", "devices", "batch_size", "limit", "template"):
+        if options.prompts is None and getattr(options, name) != getattr(Options, name):
+            wrong(name, "is for a file of prompts (--prompts FILE)")
+    for name in ("compare", "show_drafts"):
+        if options.prompts is not None and getattr(options, name):
+            wrong(name, "is for one --prompt; python -m specstream.benchmark measures many")
+    _check_paths(options)
+    _check_devices(options)
+    for part in ("sampling", "limits", "draft_length"):  # their constructors check themselves
+        getattr(options, part)
+
+
+def _check_paths(options: Options) -> None:
+    if options.prompts is not None and options.output is None:
+        wrong("output", "needed with --prompts: the .jsonl file that gets the continuations")
+    for name in ("output", "stats"):
+        path = getattr(options, name)
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            wrong(name, f"there is no folder '{Path(path).parent}'")
+        if path is not None and Path(path).is_dir():
+            wrong(name, f"'{path}' is a folder, not a file")
+    if options.output is not None and Path(options.output).exists() and not options.overwrite:
+        wrong("output", f"'{options.output}' exists; give --overwrite true to replace it")
+
+
+def _check_devices(options: Options) -> None:
+    if options.devices < 1:
+        wrong("devices", f"must be at least 1, not {options.devices}")
+    device = find_device(options.device)
+    if options.devices == 1 or device == "cpu":
+        return
+    if device != "cuda":
+        wrong("device", f"'{device}' is one device; leave it out to use {options.devices}")
+    import torch
+
+    if options.devices > torch.cuda.device_count():
+        wrong("devices", f"{options.devices} asked for, {torch.cuda.device_count()} GPUs found")
+
+
+def wrong(key: str, reason: str) -> None:
+    """Raise the one line for a wrong option."""
+    raise ConfigError(f"config error: {key}: {reason}")
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return the first error of a chain: a constructor's own words, without the parser's."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
