@@ -1,18 +1,29 @@
 """LightningModules that train what `generation` decodes with.
 
-Reading order: base (what a loss is), language_modeling, distillation; then what surrounds a run:
-run_folder, checkpoints, history, provenance; command is the body of train.py.
+Reading order: base (what a loss is), language_modeling, draft_module, distillation; decoding and
+on_policy beside them; then what surrounds a run: run_folder, checkpoints, averaging, history,
+wandb_run, provenance; command is the body of train.py.
 """
 
+from specstream.training.averaging import WeightAveraging
 from specstream.training.base import LossSum, SummedLossModule
+from specstream.training.decoding import HeldOutDecoding
+from specstream.training.distillation import DistillationModule
+from specstream.training.draft_module import DraftModule
 from specstream.training.language_modeling import LanguageModelingModule
 from specstream.training.optimization import ConstantRate, Schedule, WarmupCosine
+from specstream.training.wandb_run import WandbRun
 
 __all__ = [
     "ConstantRate",
+    "DistillationModule",
+    "DraftModule",
+    "HeldOutDecoding",
     "LanguageModelingModule",
     "LossSum",
     "Schedule",
     "SummedLossModule",
+    "WandbRun",
     "WarmupCosine",
+    "WeightAveraging",
 ]

@@ -1,14 +1,17 @@
-"""What every training module of specstream shares: sums for losses, one exact division, one optimizer.
+"""What every training module of specstream shares: sums for losses, and one exact division.
 
-A loss is returned as a SUM over scored elements with their count.  Gradients of sums are accumulated over
-micro-batches and devices, and divided once, just before clipping and the optimizer step, by the global count.
-So two devices, or two accumulated micro-batches with unequal numbers of scored tokens, give the very gradient
-of one large batch.
+A loss is returned as a SUM over scored elements with their count.  Gradients of sums are
+accumulated over micro-batches and devices, and divided once, just before clipping and the
+optimizer step, by the global count.  So two devices, or accumulated micro-batches with unequal
+numbers of scored tokens, give the very gradient of one large batch.
 """
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,22 +22,26 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
+from specstream.processors import TextProcessor
 from specstream.training.optimization import (
     Schedule,
     WarmupCosine,
+    average_replicated_gradients,
+    clip_gradients,
     divide_gradients,
     parameter_groups,
 )
 
 Batch = Mapping[str, Tensor]
+OPTIMIZED = "optimized_weights"  # key in checkpoints whose `state_dict` is a moving average
 
 
 @dataclass(frozen=True)
 class LossSum:
     """A loss summed over the scored elements of one micro-batch.
 
-    total: () float, with gradient.  count: () how many elements were summed.
-    metrics: name -> () sums over the same elements, without gradient, logged divided by the count.
+    `total` () carries the gradient, `count` () is how many elements were summed; `metrics` are
+    further sums () over the same elements, without gradient, logged divided by the count.
     """
 
     total: Tensor
@@ -43,39 +50,66 @@ class LossSum:
 
 
 class SummedLossModule(L.LightningModule, ABC):
-    """A LightningModule whose loss is a sum, divided once per optimizer step by the global count."""
+    """A LightningModule whose loss is a sum, divided once per optimizer step by the global count.
 
-    def __init__(self, optimizer: OptimizerCallable = AdamW, schedule: Schedule | None = None) -> None:
+    `optimizer` is given the parameter groups; `schedule` scales its learning rate by the step.
+    Only parameters that require gradients are saved in checkpoints, and exactly those must be in
+    one that is loaded.
+    """
+
+    def __init__(
+        self, optimizer: OptimizerCallable = AdamW, schedule: Schedule | None = None
+    ) -> None:
         super().__init__()
         self.build_optimizer = optimizer
         self.schedule = schedule if schedule is not None else WarmupCosine()
         self.sums: dict[str, Tensor] = {}
         self.val_means = torch.nn.ModuleDict()
+        self.strict_loading = False  # frozen tensors are not in checkpoints: see on_load_checkpoint
 
     @abstractmethod
     def loss(self, batch: Batch) -> LossSum:
-        """The training loss of one micro-batch."""
+        """Return the loss of one micro-batch."""
+
+    @abstractmethod
+    def export(self, run: Path, processor: TextProcessor) -> Path:
+        """Write what generation loads into the run folder; returns the folder written."""
+
+    def training_loss(self, batch: Batch, batch_idx: int) -> LossSum:
+        """Return the loss to train on; a subclass may change the batch first."""
+        return self.loss(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.loss(batch)
+        loss = self.training_loss(batch, batch_idx)
         for name, value in {"loss": loss.total, "count": loss.count, **loss.metrics}.items():
-            value = value.detach().to(torch.float64 if value.device.type == "cpu" else torch.float32)
+            value = value.detach().to(torch.float64 if self.device.type == "cpu" else torch.float32)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        # Lightning divides by the number of accumulated micro-batches; the exact division comes later.
+        # Lightning divides by the number of accumulated micro-batches; ours comes later
         return loss.total * self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         names = sorted(self.sums)
         sums = torch.stack([self.sums[name] for name in names])
-        # mean over devices: DDP and FSDP average gradients, so the sums are averaged just the same
+        # DDP and FSDP average gradients over devices, so the counts are averaged just the same
         sums = self.trainer.strategy.reduce(sums, reduce_op="mean")
-        averages = dict(zip(names, sums.unbind(), strict=True))
-        count = averages.pop("count").clamp(min=1)
+        means = dict(zip(names, sums.unbind(), strict=True))
+        count = means.pop("count").clamp(min=1e-9)
+        average_replicated_gradients(self.parameters())
         divide_gradients(self.parameters(), count.float())
-        self.log_dict(
-            {f"train/{name}": (value / count).float() for name, value in averages.items()}, prog_bar=True
-        )
+        values = {f"train/{name}": (value / count).float() for name, value in means.items()}
+        self.log_dict(values, prog_bar=True)
         self.sums = {}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(f"gradients are clipped by norm only, not {gradient_clip_algorithm!r}")
+        norm = clip_gradients(self.parameters(), gradient_clip_val or None)
+        self.log("train/gradient_norm", norm)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss = self.loss(batch)
@@ -87,7 +121,8 @@ class SummedLossModule(L.LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         for name, mean in self.val_means.items():
-            self.log(f"val/{name}", mean.compute(), prog_bar=name == "loss", rank_zero_only=False)
+            assert isinstance(mean, MeanMetric)
+            self.log(f"val/{name}", mean.compute(), prog_bar=name == "loss")
             mean.reset()
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -98,3 +133,25 @@ class SummedLossModule(L.LightningModule, ABC):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def trained_names(self) -> set[str]:
+        """Return the names of the parameters that are trained, and so saved."""
+        return {name for name, p in self.named_parameters() if p.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state, trained = checkpoint["state_dict"], self.trained_names()
+        checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "state_dict" not in checkpoint:
+            return  # a sharded folder: torch.distributed.checkpoint compares names itself
+        averaging = any(type(c).__name__ == "WeightAveraging" for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if (OPTIMIZED in checkpoint) != averaging:
+            raise ValueError("resume with WeightAveraging if and only if the run began with it")
+        found, trained = set(checkpoint["state_dict"]), self.trained_names()
+        if found != trained:
+            missing, extra = sorted(trained - found), sorted(found - trained)
+            raise ValueError(
+                f"the checkpoint is of another model: it lacks {len(missing)} trained tensors "
+                f"{missing[:2]} and holds {len(extra)} that are not trained here {extra[:2]}"
+            )

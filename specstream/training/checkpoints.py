@@ -1,11 +1,15 @@
 """When a run is saved, and why a failed save loses nothing.
 
-`last.ckpt` is written every so many steps or minutes, `best.ckpt` when the validation loss has fallen.  A
-checkpoint is first written under a temporary name and then renamed, so the one before survives a full disk.
-Ctrl-C and SIGTERM save at the next step boundary, where resuming is exact, and end the run.
+`last.ckpt` is written every so many steps or minutes, `best.ckpt` when the validation loss has
+fallen.  A checkpoint is written under a temporary name and then renamed, so the one before survives
+a full disk.  Ctrl-C and SIGTERM save at the next step boundary, where resuming is exact, and end
+the run.
 """
 
+from __future__ import annotations
+
 import os
+import pickle
 import signal
 import time
 from pathlib import Path
@@ -18,46 +22,83 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from specstream.training.run_folder import RunFolder, say
+
+DAMAGED = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to `<name>.part` and renames: a reader never sees half a checkpoint."""
+    """Writes to `<name>.part` and renames: a reader never sees half a checkpoint.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+    A failed write is noted in `failure` instead of raised, because it happens in one process while
+    the others wait; `RunCheckpoints` tells them all.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure = ""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
+    ) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
+        self.failure = ""
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
-        finally:
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            self.failure = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
             part.unlink(missing_ok=True)
 
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        try:
+            return super().load_checkpoint(path, map_location, weights_only)
+        except DAMAGED as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+            others = RunFolder(Path(path).parent).other_checkpoints(Path(path))
+            offer = f"; resume from {others[0]} instead" if others else ""
+            raise ValueError(f"checkpoint {path} is damaged ({reason}){offer}") from error
 
-class TrainingStopped(Exception):  # noqa: N818  (an end that was asked for, not an error)
+
+class TrainingStopped(Exception):
     """Raised at a step boundary after a signal, once `last.ckpt` is written."""
 
     def __init__(self, signal_number: int, checkpoint: Path, step: int) -> None:
         super().__init__(f"{signal.Signals(signal_number).name} at step {step}")
         self.signal_number = signal_number
         self.checkpoint = checkpoint
-        self.step = step
+
+
+class SaveFailed(Exception):
+    """The last save of a run did not succeed; the message is one line."""
 
 
 class RunCheckpoints(Checkpoint):
     """Keeps `last.ckpt` and `best.ckpt` in the run folder.
 
-    every_steps, every_minutes: whichever comes first; 0 switches one off.
-    monitor: metric whose lowest value makes `best.ckpt`.
+    `every_steps` or `every_minutes`, whichever comes first; 0 switches one off.  The lowest value
+    of `monitor` makes `best.ckpt`.
     """
 
     def __init__(
-        self, run: Path, every_steps: int = 500, every_minutes: float = 5.0, monitor: str = "val/loss"
+        self,
+        run: RunFolder,
+        writer: AtomicCheckpointIO,
+        every_steps: int = 500,
+        every_minutes: float = 5.0,
+        monitor: str = "val/loss",
     ) -> None:
         super().__init__()
         self.run = run
+        self.writer = writer
         self.every_steps = every_steps
         self.every_minutes = every_minutes
         self.monitor = monitor
@@ -79,15 +120,23 @@ class RunCheckpoints(Checkpoint):
             self.previous_handlers[number] = signal.signal(number, self._note_signal)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         stop = trainer.strategy.reduce_boolean_decision(self.signal_number != 0, all=False)
-        if stop or self._is_due(trainer):
-            self._save(trainer, "last.ckpt")
         if stop:
-            raise TrainingStopped(self.signal_number or signal.SIGTERM, self.run / "last.ckpt", trainer.global_step)
+            self._save(trainer, self.run.last, required=True)
+            number = self.signal_number or signal.SIGTERM
+            raise TrainingStopped(number, self.run.last, trainer.global_step)
+        if self._is_due(trainer):
+            self._save(trainer, self.run.last)
+            self.saved_step, self.saved_time = trainer.global_step, time.monotonic()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         value = trainer.callback_metrics.get(self.monitor)
@@ -95,12 +144,14 @@ class RunCheckpoints(Checkpoint):
             return
         if float(value) < self.best:
             self.best = float(value)
-            trainer.save_checkpoint(self.run / "best.ckpt")
+            self._save(trainer, self.run.best)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._save(trainer, "last.ckpt")
+        self._save(trainer, self.run.last, required=True)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         self._restore_handlers()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -108,20 +159,27 @@ class RunCheckpoints(Checkpoint):
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         by_steps = self.every_steps and trainer.global_step - self.saved_step >= self.every_steps
-        by_time = self.every_minutes and time.monotonic() - self.saved_time >= 60 * self.every_minutes
+        seconds = time.monotonic() - self.saved_time
+        by_time = self.every_minutes and seconds >= 60 * self.every_minutes
         return trainer.strategy.reduce_boolean_decision(bool(by_steps or by_time), all=False)
 
-    def _save(self, trainer: L.Trainer, name: str) -> None:
-        if trainer.global_step == self.saved_step and (self.run / name).exists():
+    def _save(self, trainer: L.Trainer, path: Path, required: bool = False) -> None:
+        trainer.save_checkpoint(path, weights_only=False)
+        failure = trainer.strategy.broadcast(self.writer.failure)
+        if not failure:
             return
-        trainer.save_checkpoint(self.run / name)
-        self.saved_step, self.saved_time = trainer.global_step, time.monotonic()
+        kept = f"the {path.name} before it is kept" if path.exists() else "there is none before it"
+        line = f"could not write {path} at step {trainer.global_step}: {failure}; {kept}"
+        if required:
+            raise SaveFailed(line)
+        say(f"{line}; training goes on")
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = number
-        print(f"\n{signal.Signals(number).name}: saving after this step (again: stop at once)", flush=True)
+        name = signal.Signals(number).name
+        say(f"\n{name}: saving at the end of this step (Ctrl-C again: stop at once)")
 
     def _restore_handlers(self) -> None:
         for number, handler in self.previous_handlers.items():

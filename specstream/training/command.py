@@ -1,20 +1,33 @@
 """What `train.py` does: parse, open the run folder, fit, export."""
 
+from __future__ import annotations
+
 import signal
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from specstream.config_errors import OneLineErrors
+from specstream.processors import TextProcessor
 from specstream.training.base import SummedLossModule
-from specstream.training.checkpoints import AtomicCheckpointIO, RunCheckpoints, TrainingStopped
+from specstream.training.checkpoints import (
+    AtomicCheckpointIO,
+    RunCheckpoints,
+    SaveFailed,
+    TrainingStopped,
+)
 from specstream.training.history import HistoryLogger, plot_losses
 from specstream.training.model_card import write_model_card
 from specstream.training.provenance import write_provenance
-from specstream.training.run_folder import RunFolder
+from specstream.training.run_folder import RunFolder, say
+from specstream.training.wandb_run import WandbRun
+
+DESCRIPTION = "Train a draft model or a target; configs/train holds complete examples."
 
 
 class TrainParser(OneLineErrors, LightningArgumentParser):
@@ -30,7 +43,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         run = Path(self.config["run"])
         run.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, run / "config.yaml", skip_none=False, overwrite=True)
+        self.parser.save(self.config, run / "config.yaml", skip_unset=False, overwrite=True)
         facts = write_provenance(run / "provenance.json", self.config["seed_everything"])
         for logger in trainer.loggers:
             logger.log_hyperparams({"config": self.config.as_dict(), "provenance": facts})
@@ -41,41 +54,42 @@ class TrainCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=str, required=True, help="run folder, checkpoints/<name>")
-        parser.add_argument("--overwrite", type=bool, default=False, help="replace a run that exists")
+        parser.add_argument("--overwrite", type=bool, default=False, help="replace a run")
         parser.add_argument(
-            "--ckpt_path", type=str | None, default=None, help="resume from: last, best or a file"
+            "--ckpt_path", type=str | None, default=None, help="resume from last, best or a file"
         )
-        parser.add_argument("--checkpoint.every_steps", type=int, default=500, help="0: not by steps")
-        parser.add_argument("--checkpoint.every_minutes", type=float, default=5.0, help="0: not by time")
+        parser.add_argument("--checkpoint.every_steps", type=int, default=500, help="0: never")
+        parser.add_argument("--checkpoint.every_minutes", type=float, default=5.0, help="0: never")
+        parser.add_argument("--wandb", type=WandbRun | None, default=None, help="also log to W&B")
         parser.link_arguments("run", "trainer.default_root_dir")
 
     def before_instantiate_classes(self) -> None:
         self.run_folder = RunFolder(Path(self.config["run"]))
-        self.resume_from = None
-        if rank_zero_only.rank in (None, 0):
-            self.resume_from = self.run_folder.open(self.config["overwrite"], self.config["ckpt_path"])
-        elif self.config["ckpt_path"] is not None:
-            self.resume_from = self.run_folder.open(False, self.config["ckpt_path"])
+        first_process = rank_zero_only.rank in (None, 0)
+        may_exist = self.config["overwrite"] or not first_process
+        self.resume_from = self.run_folder.open(may_exist, self.config["ckpt_path"])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        run = self.run_folder.path
+        run = self.run_folder
         configured = self._get(self.config_init, "trainer")
-        loggers = configured["logger"]
-        if isinstance(loggers, bool) or loggers is None:
-            loggers = []
-        elif not isinstance(loggers, list):
-            loggers = [loggers]
-        self.history = HistoryLogger(run)
-        configured["logger"] = [*loggers, self.history]
-        configured["plugins"] = [*_as_list(configured["plugins"]), AtomicCheckpointIO()]
+        if not self.resume_from and rank_zero_only.rank in (None, 0):
+            run.clear()  # of an earlier run that may be overwritten; everything is built by now
+        self.history = HistoryLogger(run.path)
+        wandb_run = self._get(self.config_init, "wandb")
+        sent = [wandb_run.logger(run.path)] if wandb_run is not None else []
+        given = [x for x in _as_list(configured["logger"]) if not isinstance(x, bool)]
+        configured["logger"] = [*given, *sent, self.history]
+        writer = AtomicCheckpointIO()
+        configured["plugins"] = [*_as_list(configured["plugins"]), writer]
         checkpoint = self._get(self.config_init, "checkpoint")
-        keeper = RunCheckpoints(run, checkpoint["every_steps"], checkpoint["every_minutes"])
-        configured["callbacks"] = [*_as_list(configured["callbacks"]), keeper]
+        keeper = RunCheckpoints(run, writer, checkpoint["every_steps"], checkpoint["every_minutes"])
+        bar = [] if configured["enable_progress_bar"] is False else [RichProgressBar(leave=True)]
+        configured["callbacks"] = [*_as_list(configured["callbacks"]), *bar, keeper]
         return super().instantiate_trainer(**kwargs)
 
 
 def run_training(arguments: list[str]) -> int:
-    """Train as the arguments say; returns the exit code.  Raises ValueError for a user's mistake."""
+    """Train as the arguments say; return the exit code.  A user's mistake is a ValueError."""
     cli = TrainCLI(
         SummedLossModule,
         L.LightningDataModule,
@@ -84,7 +98,7 @@ def run_training(arguments: list[str]) -> int:
         trainer_defaults={"enable_model_summary": False, "num_sanity_val_steps": 0},
         seed_everything_default=0,
         parser_class=TrainParser,
-        parser_kwargs={"description": train_description()},
+        parser_kwargs={"description": DESCRIPTION},
         subclass_mode_model=True,
         subclass_mode_data=True,
         args=arguments,
@@ -93,32 +107,33 @@ def run_training(arguments: list[str]) -> int:
         load_from_checkpoint_support=False,
     )
     try:
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=False)
+        cli.trainer.fit(
+            cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=False
+        )
+        finish(cli)
     except TrainingStopped as stopped:
-        say(f"stopped by {stopped}, saved {stopped.checkpoint}; resume with: --ckpt_path last")
+        say(f"{stopped}: saved {stopped.checkpoint}; resume with --ckpt_path last")
         return 130 if stopped.signal_number == signal.SIGINT else 143
-    finish(cli)
+    except SaveFailed as failed:
+        say(str(failed))
+        return 1
+    finally:
+        if any(isinstance(logger, WandbLogger) for logger in cli.trainer.loggers):
+            import wandb
+
+            wandb.finish()
     return 0
 
 
 def finish(cli: TrainCLI) -> None:
     """Export what was trained, with its loss curve and its card."""
+    if not cli.trainer.is_global_zero:
+        return
     run = cli.run_folder.path
-    exported = cli.model.export(run, cli.datamodule.tokenizer)
-    if cli.trainer.is_global_zero:
-        plot_losses(run / "metrics.jsonl", exported / "loss.png")
-        write_model_card(run, exported)
-        say(f"trained {cli.trainer.global_step} steps; exported {exported}")
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    """Print one line on the main process."""
-    print(line, flush=True)
-
-
-def train_description() -> str:
-    return "Train a draft model or a target; see configs/train for complete examples."
+    exported = cli.model.export(run, TextProcessor(cli.datamodule.tokenizer))
+    plot_losses(run / "metrics.jsonl", exported / "loss.png")
+    write_model_card(run, exported)
+    say(f"trained {cli.trainer.global_step} steps; wrote {exported}")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The metrics of a run as JSON lines in its folder, whatever other logger is used, and their plot."""
+"""The metrics of a run as JSON lines in its folder, and their plot."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 class HistoryLogger(Logger):
     """Appends one JSON object to `metrics.jsonl` each time metrics are logged.
 
-    Each object has `step` (optimizer steps done), `seconds` since this process began, and the metrics.
+    Each object has `step` (optimizer steps done), `seconds` since the process began, and metrics.
     """
 
     def __init__(self, run: Path) -> None:
@@ -34,7 +34,9 @@ class HistoryLogger(Logger):
         return str(self.path.parent)
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
         """Nothing: the run folder has config.yaml."""
 
     @rank_zero_only
@@ -50,7 +52,9 @@ class HistoryLogger(Logger):
         """Drop rows past `step`, which a resumed run will write again."""
         if not self.path.exists():
             return
-        rows = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        rows = [
+            line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step
+        ]
         self.path.write_text("".join(f"{row}\n" for row in rows))
 
 

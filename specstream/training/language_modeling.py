@@ -1,26 +1,28 @@
 """Plain language modelling: how the targets in `checkpoints/` were made."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.utils.checkpoint import checkpoint
 
+from specstream.divergences import CrossEntropy, chunked_divergence
 from specstream.models.pretrained_lm import PretrainedLM
+from specstream.processors import TextProcessor
 from specstream.training.base import Batch, LossSum, SummedLossModule
 from specstream.training.optimization import Schedule
+from specstream.training.sharding import shard_layers, train_in_float32
 
 
 class LanguageModelingModule(SummedLossModule):
     """Trains a causal language model on the next token.
 
-    model: makes the network: `UntrainedLM` from scratch, `PretrainedLM` to fine-tune.
-    chunk_tokens: tokens whose logits exist at once; (B, T, V) is never materialised in float32.
-    gradient_checkpointing: recompute each layer in the backward pass, for memory.
+    `model` makes the network: `UntrainedLM` from scratch, `PretrainedLM` to fine-tune.  Logits
+    exist for `chunk_tokens` tokens at once; `gradient_checkpointing` recomputes each layer in the
+    backward pass, for memory.
     """
 
     def __init__(
@@ -42,47 +44,42 @@ class LanguageModelingModule(SummedLossModule):
             return
         model = self.build_model()
         if not isinstance(model, PretrainedLM):
-            raise ValueError(f"model must be a PretrainedLM or UntrainedLM, got {type(model).__name__}")
+            raise ValueError(f"model must be a causal language model, not {type(model).__name__}")
+        train_in_float32(model)
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        shard_layers(model, self.device_mesh)
         self.model = model.train()
 
     def loss(self, batch: Batch) -> LossSum:
         assert self.model is not None
         tokens, mask = batch["input_ids"], batch["loss_mask"][:, 1:]
-        hidden = self.model.hidden(tokens, *layout(batch))[:, :-1]
-        total = summed_cross_entropy(hidden[mask], self.model.head, tokens[:, 1:][mask], self.chunk_tokens)
-        return LossSum(total, mask.sum())
+        hidden = self.model.hidden(tokens, *layout(batch))[:, :-1][mask]  # (N, D)
+        measures = chunked_divergence(
+            CrossEntropy(),
+            hidden,
+            self.model.head,
+            None,
+            None,
+            tokens[:, 1:][mask],
+            self.chunk_tokens,
+        )
+        return LossSum(measures.sum(), mask.sum())
 
-    def export(self, run: Path, tokenizer: object) -> Path:
+    def export(self, run: Path, processor: TextProcessor) -> Path:
         """Write `model/`: a transformers folder in bf16 that loads anywhere."""
         assert self.model is not None
         folder = run / "model"
-        self.model.save(folder, tokenizer)
+        self.model.save(folder, processor.tokenizer)
         return folder
 
 
 def layout(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Positions and documents of a batch; no documents where every row is a whole one.
+    """Return positions and documents of a batch; no documents where every row is a whole one.
 
-    Attention without a mask takes half the time on a CPU.  On other devices looking would mean waiting.
+    On a CPU attention without a mask takes half the time; elsewhere looking would mean waiting.
     """
     documents = batch["documents"]
     if documents.device.type == "cpu" and bool((documents == documents[:, :1]).all()):
         return batch["positions"], None
     return batch["positions"], documents
-
-
-def summed_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor, chunk: int) -> Tensor:
-    """Sum of -log q(label), logits made for `chunk` tokens at a time and again in the backward pass.
-
-    hidden: (N, D).  labels: (N,).  Returns () float32.
-    """
-
-    def of_chunk(hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
-
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for part, part_labels in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        total = total + checkpoint(of_chunk, part, part_labels, use_reentrant=False)
-    return total

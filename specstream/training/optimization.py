@@ -1,4 +1,10 @@
-"""Learning-rate schedules and parameter groups: what happens around the optimizer, not inside it."""
+"""Around the optimizer: schedules, parameter groups, the one division of gradients, their clipping.
+
+Gradients may be DTensors (sharded by FSDP2) beside plain tensors (replicated); each function here
+works on the local part and sums over processes where a number of the whole is needed.
+"""
+
+from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
@@ -7,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Schedule(ABC):
@@ -15,16 +23,16 @@ class Schedule(ABC):
 
     @abstractmethod
     def scale(self, step: int, total_steps: int) -> float:
-        """Fraction in [0, 1] at `step`, counted from 0, of `total_steps` optimizer steps."""
+        """Return the fraction in [0, 1] at `step`, counted from 0, of `total_steps` steps."""
 
 
 @dataclass(frozen=True)
 class WarmupCosine(Schedule):
-    """Linear warm-up, then half a cosine down to `final_fraction` (Loshchilov & Hutter 2017, no restarts).
+    """Linear warm-up, then half a cosine down (Loshchilov & Hutter 2017, without restarts).
 
-    warmup_steps: optimizer steps until the peak is reached.
-    final_fraction: what is left of the peak after the last step.
-    decay_steps: where the cosine ends; null takes the trainer's own number of steps.
+    `warmup_steps` optimizer steps lead to the peak; `final_fraction` of it is left after the last
+    step; the cosine ends at `decay_steps`, by default the trainer's own number of steps.
+    Raises ValueError for a negative warm-up and a fraction outside [0, 1].
     """
 
     warmup_steps: int = 100
@@ -35,14 +43,15 @@ class WarmupCosine(Schedule):
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be 0 or more, got {self.warmup_steps}")
         if not 0 <= self.final_fraction <= 1:
-            raise ValueError(f"final_fraction must lie in [0, 1], got {self.final_fraction}")
+            raise ValueError(f"final_fraction must be in [0, 1], got {self.final_fraction}")
 
     def scale(self, step: int, total_steps: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         end = max(self.decay_steps or total_steps, self.warmup_steps + 1)
         progress = min((step - self.warmup_steps) / (end - self.warmup_steps), 1.0)
-        return self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        return self.final_fraction + (1 - self.final_fraction) * cosine
 
 
 @dataclass(frozen=True)
@@ -56,18 +65,57 @@ class ConstantRate(Schedule):
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices, and vectors (norms, biases) without weight decay."""
+    """Return the trained parameters: matrices, and vectors (norms, biases) without weight decay."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim >= 2]
+    groups: list[dict[str, Any]] = [{"params": [p for p in trained if p.ndim >= 2]}]
     vectors = [p for p in trained if p.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": matrices}]
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
     return groups
 
 
 def divide_gradients(parameters: Iterable[nn.Parameter], divisor: Tensor) -> None:
-    """Divide every gradient by the scalar `divisor`, in place and without waiting for the device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    """Divide every gradient by the scalar `divisor`, without waiting for the device."""
+    gradients = _local_gradients(parameters)
     if gradients:
         torch._foreach_div_(gradients, divisor.to(gradients[0].device))
+
+
+def average_replicated_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average over processes the gradients that FSDP2 does not: those of unsharded parameters."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        return
+    for gradient in gradients:
+        if not isinstance(gradient, DTensor):
+            dist.all_reduce(gradient)
+            gradient.div_(dist.get_world_size())
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], largest_norm: float | None) -> Tensor:
+    """Scale gradients down to a joint L2 norm of `largest_norm`; return the norm before, ()."""
+    parameters = [p for p in parameters if p.grad is not None]
+    sharded = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
+    whole = [p.grad for p in parameters if not isinstance(p.grad, DTensor)]
+    square = _square_norm(whole)
+    if sharded:
+        part = _square_norm(sharded)
+        dist.all_reduce(part)
+        square = square.to(part.device) + part
+    norm = square.sqrt()
+    if largest_norm is not None and parameters:
+        factor = (largest_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(sharded + whole, factor.to((sharded + whole)[0].device))
+    return norm
+
+
+def _local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+
+
+def _square_norm(tensors: list[Tensor]) -> Tensor:
+    if not tensors:
+        return torch.zeros(())
+    return torch.stack(torch._foreach_norm(tensors)).float().square().sum()

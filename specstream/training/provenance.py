@@ -9,7 +9,15 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("specstream-lightning", "torch", "lightning", "transformers", "torchao", "tokenizers", "jsonargparse")
+PACKAGES = (
+    "specstream-lightning",
+    "torch",
+    "lightning",
+    "transformers",
+    "torchao",
+    "tokenizers",
+    "jsonargparse",
+)
 
 
 def provenance(seed: int | None, command: list[str]) -> dict[str, object]:
@@ -27,7 +35,9 @@ def provenance(seed: int | None, command: list[str]) -> dict[str, object]:
         "versions": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "cpu": _cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpus": gpus,
     }
@@ -45,7 +55,11 @@ def _git(*arguments: str) -> str | None:
     root = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None  # no git, or no repository: an installed package
@@ -69,4 +83,7 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

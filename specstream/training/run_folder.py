@@ -1,18 +1,22 @@
 """The folder of one training run: what lies in it, and when it may be written.
 
     checkpoints/<name>/
-        config.yaml  provenance.json  metrics.jsonl  loss.png
+        config.yaml  provenance.json  metrics.jsonl  samples.jsonl
         last.ckpt  best.ckpt          every trained tensor, and what resuming needs
         draft/ or model/              what generation loads
 
 A run that exists is refused, unless it is resumed or `--overwrite true` is given.
 """
 
+from __future__ import annotations
+
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-WRITTEN_FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "loss.png", "samples.jsonl", "wandb.json")
+from lightning.pytorch.utilities import rank_zero_only
+
+WRITTEN_FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "samples.jsonl", "wandb.json")
 WRITTEN_FOLDERS = ("draft", "model", "wandb")
 
 
@@ -38,24 +42,22 @@ class RunFolder:
     def open(self, overwrite: bool, ckpt_path: str | None) -> Path | None:
         """Apply the rules; returns the checkpoint to resume from, or None to start anew.
 
-        ckpt_path: `last`, `best` or the path of a checkpoint.
-        Raises ValueError when the run exists and neither resuming nor overwriting was asked for, or when the
-        checkpoint to resume from does not exist.  Creates nothing, except that overwriting removes what an
-        earlier run wrote.
+        `ckpt_path` is `last`, `best` or the path of a checkpoint.  Creates and removes nothing.
+        Raises ValueError when the run exists and neither resuming nor overwriting was asked for,
+        or when the checkpoint to resume from does not exist.
         """
         if ckpt_path is not None:
-            named = {"last": self.last, "best": self.best}
-            checkpoint = named.get(ckpt_path, Path(ckpt_path))
+            checkpoint = {"last": self.last, "best": self.best}.get(ckpt_path, Path(ckpt_path))
             if not checkpoint.exists():
-                raise ValueError(f"ckpt_path: '{ckpt_path}' needs {checkpoint}, which does not exist{self._offer()}")
+                others = self.other_checkpoints(checkpoint)
+                offer = f"; there is {others[0]}" if others else ""
+                raise ValueError(f"ckpt_path: there is no checkpoint {checkpoint}{offer}")
             return checkpoint
-        if self.exists():
-            if not overwrite:
-                raise ValueError(
-                    f"run: '{self.path}' exists already; give --ckpt_path last to resume it, "
-                    "--overwrite true to replace it, or --run another folder"
-                )
-            self.clear()
+        if self.exists() and not overwrite:
+            raise ValueError(
+                f"run: {self.path} exists already; give --ckpt_path last to resume it, "
+                "--overwrite true to replace it, or --run another folder"
+            )
         return None
 
     def clear(self) -> None:
@@ -67,6 +69,13 @@ class RunFolder:
         for name in WRITTEN_FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
-    def _offer(self) -> str:
-        found = sorted(str(path) for path in self.path.glob("*.ckpt"))
-        return f"; there is {', '.join(found)}" if found else ""
+    def other_checkpoints(self, but: Path) -> list[Path]:
+        """Return the checkpoints of this run, without `but`, the newest first."""
+        found = [path for path in self.path.glob("*.ckpt") if path.resolve() != but.resolve()]
+        return sorted(found, key=lambda path: -path.stat().st_mtime)
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """Print one line, in the main process only."""
+    print(line, flush=True)

@@ -1,0 +1,115 @@
+"""What every module that trains a drafter shares: a frozen target, a drafter, a pipeline."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+from torch.optim import AdamW
+
+from specstream.drafters import Drafter
+from specstream.drafters.loading import save_drafter
+from specstream.generation import DraftLength, Limits, SpeculativePipeline
+from specstream.models.pretrained_lm import PretrainedLM
+from specstream.processors import TextProcessor
+from specstream.sampling import Sampling
+from specstream.training.base import SummedLossModule
+from specstream.training.decoding import HeldOutDecoding
+from specstream.training.optimization import Schedule
+from specstream.training.sharding import shard_layers, train_in_float32
+
+
+class DraftModule(SummedLossModule, ABC):
+    """Trains a drafter beside its frozen target, and decodes with both.
+
+    `target` and `drafter` are factories: `configure_model` builds the frozen target on its own
+    device and then calls the drafter's factory with it, so a drafter may be cut from the target.
+    `decoding` says what validation decodes; None decodes nothing.
+    """
+
+    def __init__(
+        self,
+        drafter: Callable[[nn.Module], nn.Module],
+        target: Callable[[], nn.Module],
+        optimizer: OptimizerCallable = AdamW,
+        schedule: Schedule | None = None,
+        decoding: HeldOutDecoding | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(optimizer, schedule)
+        self.build_drafter = drafter
+        self.build_target = target
+        self.decoding = decoding
+        self.gradient_checkpointing = gradient_checkpointing
+        self.target: PretrainedLM | None = None
+        self.drafter: Drafter | None = None
+
+    def configure_model(self) -> None:
+        if self.drafter is not None:
+            return
+        target = self.build_target()
+        if not isinstance(target, PretrainedLM):
+            raise ValueError(f"target must be a causal language model, not {type(target).__name__}")
+        target.eval().requires_grad_(False)
+        drafter = self.build_drafter(target)
+        if not isinstance(drafter, Drafter):
+            raise ValueError(f"drafter must be a Drafter, not {type(drafter).__name__}")
+        train_in_float32(drafter)
+        drafter.train()
+        network = getattr(drafter, "model", None)
+        if isinstance(network, PretrainedLM):
+            if self.gradient_checkpointing:
+                network.enable_gradient_checkpointing()
+            shard_layers(network, self.device_mesh)
+        shard_layers(target, self.device_mesh)
+        self.target, self.drafter = target, drafter
+        if not self.trained_names():
+            raise ValueError(f"{type(drafter).__name__} has no parameters to train")
+
+    @property
+    def processor(self) -> TextProcessor:
+        """The text boundary of the trainer's data: one tokenizer for target and drafter."""
+        return TextProcessor(self.trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
+
+    def pipeline(
+        self,
+        sampling: Sampling | None = None,
+        limits: Limits | None = None,
+        lengths: DraftLength | None = None,
+        batch_size: int = 1,
+    ) -> SpeculativePipeline:
+        """Return the pipeline that decodes with the drafter as it is trained now."""
+        assert self.target is not None and self.drafter is not None
+        return SpeculativePipeline(
+            self.target,
+            self.drafter,
+            self.processor,
+            lengths=lengths,
+            sampling=sampling,
+            limits=limits,
+            batch_size=batch_size,
+        )
+
+    def on_fit_start(self) -> None:
+        assert self.target is not None and self.drafter is not None
+        size = len(self.processor.tokenizer)
+        if size > self.target.vocab_size:
+            raise ValueError(
+                f"the data's tokenizer has {size} tokens, the target a vocabulary of "
+                f"{self.target.vocab_size}: use the target's own tokenizer"
+            )
+        self.drafter.check_target(self.target, self.processor)
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.decoding is not None and not self.trainer.sanity_checking:
+            self.decoding.run(self)
+
+    def export(self, run: Path, processor: TextProcessor) -> Path:
+        """Write `draft/`: the drafter and the name of its target."""
+        assert self.target is not None and self.drafter is not None
+        save_drafter(run / "draft", self.drafter, processor, self.target.path)
+        return run / "draft"
