@@ -1,13 +1,14 @@
 """One line for each way a configuration can be wrong.
 
-jsonargparse reports a mistake deep in a tree of classes as a page of nested messages.  Each nested parser knows
-the class it builds and the options that class has, so the reason is written there, between two marks, and every
-parser on the way out puts its own key in front:
+jsonargparse reports a mistake deep in a tree of classes as a page of nested messages.  Each nested
+parser knows the class it builds and the options that class has, so the reason is written there,
+between two marks, and every parser on the way out puts its own key in front:
 
     config error: model.drafter: option 'dpeth' is not accepted by DraftModel; did you mean 'depth'?
 """
 
 import re
+import sys
 from argparse import ArgumentError
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -24,11 +25,13 @@ class ConfigError(ValueError):
 
 
 class OneLineErrors(ArgumentParser):
-    """Mixed into a parser class: its errors are ConfigErrors of one line, and nothing is printed."""
+    """Mixed into a parser class: its errors are ConfigErrors of one line; nothing is printed."""
 
     built_class: str | None = None
 
-    def add_class_arguments(self, theclass: Any, nested_key: str | None = None, *args: Any, **options: Any) -> Any:
+    def add_class_arguments(
+        self, theclass: Any, nested_key: str | None = None, *args: Any, **options: Any
+    ) -> Any:
         if nested_key is None:
             self.built_class = getattr(theclass, "__name__", None)
         return super().add_class_arguments(theclass, nested_key, *args, **options)
@@ -44,10 +47,14 @@ class OneLineErrors(ArgumentParser):
         path = ".".join(part for part in [*keys, path] if part).replace(".init_args.", ".")
         if not self.exit_on_error:
             raise ArgumentError(None, f"\x02{path}\x02{reason}\x03") from ex
-        raise ConfigError(f"config error: {path}: {reason}" if path else f"config error: {reason}") from ex
+        raise ConfigError(
+            f"config error: {path}: {reason}" if path else f"config error: {reason}"
+        ) from ex
 
     def _option_names(self) -> list[str]:
-        return [action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")]
+        return [
+            action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")
+        ]
 
 
 def explain(message: str, class_name: str | None, options: list[str]) -> tuple[str, str]:
@@ -68,6 +75,8 @@ def explain(message: str, class_name: str | None, options: list[str]) -> tuple[s
         return "", f"class_path '{found[1]}' cannot be used: {plain(found[2])}"
     if found := re.search(r"File does not exist: '?([^'\n]+)", message):
         return "", f"there is no file '{found[1]}'"
+    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        return "", no_class(found[1], found[2])
     if found := wrong_type(message):
         return found
     return "", plain(KEY.sub("", message))
@@ -86,8 +95,31 @@ def not_accepted(option: str, class_name: str | None, options: list[str]) -> tup
     return path, f"option '{name}' is not accepted{owner}{hint}"
 
 
+def no_class(module: str, name: str) -> str:
+    """Why, for a class_path whose last part does not exist, with the nearest that does."""
+    names = getattr(sys.modules.get(module), "__all__", [])
+    near = get_close_matches(name, names, 1)
+    hint = (
+        f"; did you mean '{near[0]}'?"
+        if near
+        else f"; there are {', '.join(names)}"
+        if names
+        else ""
+    )
+    return f"there is no class '{name}' in {module}{hint}"
+
+
+def readable_types(message: str) -> str:
+    """Type hints as a user reads them: a Literal is its choices, a factory what it makes."""
+    choices = re.sub(r"typing\.Literal\[([^\]]*)\]", lambda m: m[1].replace(", ", " or "), message)
+    return re.sub(
+        r"(?:collections\.abc|typing)\.Callable\[\[[^\]]*\], (?:\w+\.)*(\w+)\]", r"\1", choices
+    )
+
+
 def wrong_type(message: str) -> tuple[str, str] | None:
     """Where and why, for a value of the wrong type; None for any other message."""
+    message = readable_types(message)
     value = re.search(r"(?:Got value|Given value): (.*)", message)
     if value is None:
         return None
@@ -97,8 +129,15 @@ def wrong_type(message: str) -> tuple[str, str] | None:
     if found := re.search(r"Expected a dot import path string: (.+)", message):
         return path, f"'{found[1].strip()}' is not the path of a class"
     subtypes = re.search(r"Subtypes: \[(.*)\]", message)
-    expected = subtypes[1].split(", ") if subtypes else re.findall(r"Expected an? (<class '[^']+'>|[^.\n]+)", message)
-    names = [re.sub(r"<class '(?:.*\.)?([^']+)'>", r"\1", name).replace("NoneType", "null") for name in expected]
+    expected = (
+        subtypes[1].split(", ")
+        if subtypes
+        else re.findall(r"Expected an? (<class '[^']+'>|[^.\n]+)", message)
+    )
+    names = [
+        re.sub(r"<class '(?:.*\.)?([^']+)'>", r"\1", name).replace("NoneType", "null")
+        for name in expected
+    ]
     if not names:
         return None
     return path, f"expected {' or '.join(dict.fromkeys(names))}, got '{shown[:80]}'"
