@@ -101,7 +101,7 @@ def build_pipeline(
         )
     if not isinstance(target, PretrainedLM) or not target.path:
         raise ValueError(
-            f"the target must be a PretrainedLM from a folder or the hub, not {type(target).__name__}"
+            f"the target must be a PretrainedLM of a folder or the hub, not {type(target).__name__}"
         )
     place = find_device(device)
     target = target.eval().requires_grad_(False).to(place)
