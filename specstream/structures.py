@@ -71,7 +71,7 @@ class TokenDraft:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Which drafted elements stand, and what the target puts in place of the first that does not."""
+    """Which drafted elements stand, and what the target puts after the last that does."""
 
     accepted: Tensor  # (B, K) bool; for a chain a prefix
     correction: Tensor  # (B,) the token after the accepted prefix
@@ -130,7 +130,7 @@ class Stats:
 
     @property
     def accepted_length(self) -> float | None:
-        """tau: tokens committed by a target pass, correction or bonus included, full rounds only."""
+        """tau: tokens a target pass commits, correction or bonus included, over full rounds."""
         return self.full_committed / self.full_rounds if self.full_rounds else None
 
     @property
@@ -174,6 +174,7 @@ class Context:
     active: Tensor  # (B,) bool, rows that still decode
     seen: Tensor | None  # (B, V) bool, tokens that a row holds; kept for warpers with memory only
     history: list[list[int]]  # the committed tokens once more, on the host
+    compiled: bool = False  # whether passes of fixed shape run compiled
 
     def elements(self, num_tokens: int) -> Tensor:
         """Number the next `num_tokens` tokens of each row, (B, num_tokens), to key their noise.

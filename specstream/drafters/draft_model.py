@@ -6,6 +6,7 @@ Shapes: B rows, K drafted tokens, V vocabulary, W window of tokens the drafter h
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from specstream.drafters.base import Drafter
 from specstream.models.cache import SlotCache, bucket
+from specstream.models.compilation import compile_shapes
 from specstream.models.pretrained_lm import PretrainedLM
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise, Role, Sampling, draw, probabilities
@@ -70,7 +72,8 @@ class DraftModel(Drafter):
             )  # every row has outgrown the drafter's context
         self._catch_up(context, cache)
         view = bucket(max(rows) + num_tokens, cache.slots.capacity)
-        tokens, probs = self(context, cache.slots, num_tokens, sampling, noise, view)
+        run = self._compiled_chain if context.compiled else draw_chain
+        tokens, probs = run(self.model, context, cache.slots, num_tokens, sampling, noise, view)
         cache.valid = rows
         cache.drafted = num_tokens
         lengths = torch.full_like(context.lengths, num_tokens)
@@ -78,38 +81,9 @@ class DraftModel(Drafter):
             lengths = (room + 1 - context.lengths).clamp(min=0, max=num_tokens)
         return TokenDraft(tokens, probs, lengths)
 
-    def forward(
-        self,
-        context: Context,
-        slots: SlotCache,
-        num_tokens: int,
-        sampling: Sampling,
-        noise: Noise,
-        view: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Draw K tokens one after the other: tokens (B, K) and their laws (B, K, V).
-
-        This is the part of `propose` with fixed shapes, which `Module.compile` takes whole.  The
-        first pass reads the last two committed tokens, because after a wholly accepted draft the
-        drafter has seen neither: so the shapes are the same after every round.
-        """
-        start = (context.lengths - 2).clamp(min=0)
-        last = context.lengths - 1 - start
-        window = context.tokens.gather(1, torch.stack([start, start + 1], 1))  # (B, 2)
-        logits = self.model.extend(window, start, slots, view)  # (B, 2, V)
-        logits = logits.take_along_dim(last[:, None, None], 1)[:, 0]  # (B, V)
-        coins = noise.uniform(context.prompts, context.elements(num_tokens), Role.DRAFT)  # (B, K)
-        seen, tokens, probs = context.seen, [], []
-        for i in range(num_tokens):
-            q = probabilities(logits, sampling, seen)
-            token = draw(q, coins[:, i])
-            tokens.append(token)
-            probs.append(q)
-            if i + 1 < num_tokens:
-                if seen is not None:
-                    seen = seen.scatter(1, token[:, None], True)
-                logits = self.model.extend(token[:, None], context.lengths + i, slots, view)[:, 0]
-        return torch.stack(tokens, 1), torch.stack(probs, 1)
+    @functools.cached_property
+    def _compiled_chain(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        return compile_shapes(draw_chain)
 
     def _catch_up(self, context: Context, cache: DraftCache) -> None:
         """Read the committed tokens that the drafter has not seen, all but the last two."""
@@ -154,6 +128,40 @@ class DraftModel(Drafter):
                 }
             },
         }
+
+
+def draw_chain(
+    model: PretrainedLM,
+    context: Context,
+    slots: SlotCache,
+    num_tokens: int,
+    sampling: Sampling,
+    noise: Noise,
+    view: int,
+) -> tuple[Tensor, Tensor]:
+    """Draw K tokens one after the other: tokens (B, K) and their laws (B, K, V).
+
+    This is the part of `propose` with fixed shapes, which is compiled whole.  The
+    first pass reads the last two committed tokens, because after a wholly accepted draft the
+    drafter has seen neither: so the shapes are the same after every round.
+    """
+    start = (context.lengths - 2).clamp(min=0)
+    last = context.lengths - 1 - start
+    window = context.tokens.gather(1, torch.stack([start, start + 1], 1))  # (B, 2)
+    logits = model.extend(window, start, slots, view)  # (B, 2, V)
+    logits = logits.take_along_dim(last[:, None, None], 1)[:, 0]  # (B, V)
+    coins = noise.uniform(context.prompts, context.elements(num_tokens), Role.DRAFT)  # (B, K)
+    seen, tokens, probs = context.seen, [], []
+    for i in range(num_tokens):
+        q = probabilities(logits, sampling, seen)
+        token = draw(q, coins[:, i])
+        tokens.append(token)
+        probs.append(q)
+        if i + 1 < num_tokens:
+            if seen is not None:
+                seen = seen.scatter(1, token[:, None], True)
+            logits = model.extend(token[:, None], context.lengths + i, slots, view)[:, 0]
+    return torch.stack(tokens, 1), torch.stack(probs, 1)
 
 
 class CutDraftModel(DraftModel):

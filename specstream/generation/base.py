@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -16,6 +16,7 @@ from specstream.drafters.draft_model import prefill_width
 from specstream.generation.batch import Batch, Limits
 from specstream.generation.target_pass import target_pass
 from specstream.models.cache import SlotCache, bucket
+from specstream.models.compilation import compile_shapes
 from specstream.models.pretrained_lm import PretrainedLM
 from specstream.models.quantization import quantization_report
 from specstream.processors import TextProcessor
@@ -23,8 +24,6 @@ from specstream.sampling import Noise, Sampling
 from specstream.structures import Completion, Guarantee, Origin, Stats, Step
 
 Prompt = str | Sequence[int]
-F = TypeVar("F", bound=Callable[..., Any])
-GRAPHS = 64  # compiled shapes kept for one function: views x draft lengths x batch sizes
 
 
 class Pipeline(ABC):
@@ -169,6 +168,7 @@ class TextPipeline(Pipeline):
             self.stats,
             self.target.device,
             self.target.vocab_size if self.sampling.needs_history else None,
+            self.compiled,
         )
         cache = self.target.new_cache(len(prompts), capacity)
         prefill(self.target, batch, cache)
@@ -188,9 +188,3 @@ def prefill(target: PretrainedLM, batch: Batch, cache: SlotCache) -> None:
         chunk = batch.context.tokens[:, position : position + width]
         target.extend(chunk, start, cache, bucket(position + width, cache.capacity), num_logits=1)
         position += width
-
-
-def compile_shapes(function: F) -> F:
-    """Compile `function` once for each shape it meets, without graph breaks."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    return cast(F, torch.compile(function, dynamic=False, fullgraph=True))

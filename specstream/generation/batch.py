@@ -43,7 +43,7 @@ class Batch:
     """B rows from their prompts to their ends.
 
     `prompts` are token ids, `indices` the prompts' numbers, which key the noise; `capacity` bounds
-    prompt, new tokens and one more draft together.
+    prompt, new tokens and one more draft together; `vocab_size` is given where `seen` is needed.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Batch:
         stats: Stats,
         device: torch.device,
         vocab_size: int | None = None,
+        compiled: bool = False,
     ) -> None:
         self.limits, self.processor, self.stats = limits, processor, stats
         self.indices = list(indices)
@@ -77,6 +78,7 @@ class Batch:
             active=torch.ones(len(prompts), dtype=torch.bool, device=device),
             seen=None if seen is None else seen.to(device),
             history=[list(prompt) for prompt in prompts],
+            compiled=compiled,
         )
 
     @property

@@ -53,7 +53,7 @@ def stored_costs(pipeline: SpeculativePipeline, folder: Path | None = None) -> S
 
 @torch.inference_mode()
 def measure_costs(pipeline: SpeculativePipeline) -> StepCosts:
-    """Time plain passes, verify passes and drafts of 1..max_tokens at the pipeline's batch size."""
+    """Time plain passes, and verifying and drafting of each length the pipeline may choose."""
     lengths = [CONTEXT] * pipeline.batch_size
     top = pipeline.lengths.max_tokens
     batch = Batch(
@@ -65,23 +65,21 @@ def measure_costs(pipeline: SpeculativePipeline) -> StepCosts:
         Stats("text", pipeline.guarantee),
         pipeline.target.device,
         pipeline.target.vocab_size if pipeline.sampling.needs_history else None,
+        pipeline.compiled,
     )
     context, noise = batch.context, Noise(0, pipeline.target.device)
     capacity = batch.context.tokens.shape[1]
     cache = pipeline.target.new_cache(pipeline.batch_size, capacity)
     state = pipeline.drafter.new_cache(pipeline.batch_size, capacity)
-    verify, draft = [0.0], [0.0]
-    plain = 0.0
-    for k in range(top + 1):
-        wanted = [k] * pipeline.batch_size
+    nothing = pipeline.draft(context, state, [0] * len(lengths), noise)
+    plain = _median(lambda: pipeline.verify(context, cache, nothing, noise))
+    verify, draft = [plain] * (top + 1), [0.0] * (top + 1)
+    for k in pipeline.lengths.choices:
+        wanted = [k] * len(lengths)
         # A drafter that finds nothing drafts nothing, but what it finds later is verified.
         made = pad_draft(pipeline.draft(context, state, wanted, noise), k)
-        spent = _median(lambda d=made: pipeline.verify(context, cache, d, noise))
-        if k == 0:
-            plain = spent
-            continue
-        verify.append(spent)
-        draft.append(_median(lambda w=wanted: pipeline.draft(context, state, w, noise)))
+        verify[k] = _median(lambda d=made: pipeline.verify(context, cache, d, noise))
+        draft[k] = _median(lambda w=wanted: pipeline.draft(context, state, w, noise))
     return StepCosts(plain, tuple(verify), tuple(draft))
 
 
@@ -117,7 +115,7 @@ def _key(pipeline: SpeculativePipeline) -> str:
         pipeline.stats.quantized,
         pipeline.batch_size,
         pipeline.compiled,
-        pipeline.lengths.max_tokens,
+        pipeline.lengths.choices,
         (torch.__version__, machine, os.cpu_count(), torch.get_num_threads()),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

@@ -8,6 +8,7 @@ cannot bias the law.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +22,7 @@ class StepCosts:
     """Seconds of the passes of one pair of models on one machine.
 
     `plain` is a target pass over one token a row; `verify[k]` one over k + 1 tokens a row and
-    `draft[k]` the drafting of k tokens, k from 0 (both 0-th entries stand for no draft).
+    `draft[k]` the drafting of k tokens.  Entries of lengths that are never chosen mean nothing.
     """
 
     plain: float
@@ -52,6 +53,11 @@ class DraftLength(ABC):
     max_tokens: int
     needs_costs: ClassVar[bool] = False
 
+    @property
+    def choices(self) -> Sequence[int]:
+        """The lengths above 0 that may be chosen."""
+        return range(1, self.max_tokens + 1)
+
     @abstractmethod
     def for_row(self, costs: StepCosts | None) -> RowLength:
         """Return the policy's state for a new row."""
@@ -81,10 +87,12 @@ class CostModelLength(DraftLength):
     et al. 2023, eq. 1) in the seconds that were measured for this pair of models.  `prior` is the
     acceptance assumed at a row's start with the weight of `prior_tokens` observations; history
     decays by `decay` a round.  A row that stopped drafting tries again after `retry` rounds, then
-    after twice as many each time it fails.
+    after twice as many each time it fails.  `every` thins the lengths out, from `max_tokens` down:
+    each one costs a measurement, and a compilation where passes are compiled.
     """
 
     max_tokens: int = 8
+    every: int = 1
     prior: float = 0.7
     prior_tokens: float = 4.0
     decay: float = 0.9
@@ -95,8 +103,14 @@ class CostModelLength(DraftLength):
         _check_length(self.max_tokens)
         if not 0 < self.prior < 1 or not 0 < self.decay <= 1 or self.prior_tokens <= 0:
             raise ValueError("prior and decay must lie in (0, 1] and prior_tokens be positive")
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, not {self.every}")
         if self.retry < 1:
             raise ValueError(f"retry must be at least 1 round, not {self.retry}")
+
+    @property
+    def choices(self) -> Sequence[int]:
+        return sorted(range(self.max_tokens, 0, -self.every))
 
     def for_row(self, costs: StepCosts | None) -> RowLength:
         assert costs is not None, "the pipeline measures costs before it decodes"
@@ -113,7 +127,7 @@ class _CostModelRow(RowLength):
         self.patience = policy.retry
 
     def choose(self) -> int:
-        best = best_length(self.accepted / self.tested, self.costs, self.policy.max_tokens)
+        best = best_length(self.accepted / self.tested, self.costs, self.policy.choices)
         if best:
             self.wait = 0
             return best
@@ -124,7 +138,7 @@ class _CostModelRow(RowLength):
         if self.wait:
             return 0
         self._forget()
-        return 1
+        return self.policy.choices[0]
 
     def _forget(self) -> None:
         """Let a retry speak louder than the evidence that stopped drafting."""
@@ -139,16 +153,13 @@ class _CostModelRow(RowLength):
         self.accepted = self.policy.decay * self.accepted + accepted
 
 
-def best_length(acceptance: float, costs: StepCosts, max_tokens: int) -> int:
+def best_length(acceptance: float, costs: StepCosts, choices: Sequence[int]) -> int:
     """Return the k that maximises (1 + a + ... + a^k) / seconds of its round, k = 0 included."""
-    rates = []
-    committed = reach = 1.0
-    for k in range(max_tokens + 1):
-        if k:
-            reach *= acceptance
-            committed += reach
-        rates.append(committed / costs.round_seconds(k))
-    return max(range(max_tokens + 1), key=rates.__getitem__)
+
+    def rate(k: int) -> float:
+        return sum(acceptance**i for i in range(k + 1)) / costs.round_seconds(k)
+
+    return max((0, *choices), key=rate)
 
 
 def _check_length(max_tokens: int) -> None:

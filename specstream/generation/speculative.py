@@ -64,8 +64,6 @@ class SpeculativePipeline(TextPipeline):
         drafter.check_target(target, processor)
         self.guarantee = Guarantee.combine([self.verifier.guarantee])
         super().__init__(target, processor, sampling, limits, batch_size, compile, chat)
-        if compile:
-            drafter.compile(dynamic=False, fullgraph=True)
 
     def _decode(self, batch: Batch, cache: SlotCache, noise: Noise) -> Iterator[list[Step]]:
         if self.lengths.needs_costs and self.costs is None:
