@@ -37,7 +37,9 @@ class WeightAveraging(L.Callback):
             raise ValueError("WeightAveraging does not work on sharded models; use strategy ddp")
         if not self.average:
             self.average = {name: p.detach().clone() for name, p in trained.items()}
-        self.last_step = trainer.global_step
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.last_step = trainer.global_step  # restored only now where a run is resumed
 
     def on_train_batch_end(
         self,

@@ -22,6 +22,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from specstream.training.history import HistoryLogger
 from specstream.training.run_folder import RunFolder, say
 
 DAMAGED = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
@@ -116,6 +117,9 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.saved_step, self.saved_time = trainer.global_step, time.monotonic()
+        for logger in trainer.loggers:
+            if isinstance(logger, HistoryLogger):
+                logger.forget_from(trainer.global_step)
         for number in (signal.SIGINT, signal.SIGTERM):
             self.previous_handlers[number] = signal.signal(number, self._note_signal)
 
@@ -132,6 +136,7 @@ class RunCheckpoints(Checkpoint):
         stop = trainer.strategy.reduce_boolean_decision(self.signal_number != 0, all=False)
         if stop:
             self._save(trainer, self.run.last, required=True)
+            log_step(trainer)
             number = self.signal_number or signal.SIGTERM
             raise TrainingStopped(number, self.run.last, trainer.global_step)
         if self._is_due(trainer):
@@ -185,3 +190,11 @@ class RunCheckpoints(Checkpoint):
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
         self.previous_handlers = {}
+
+
+def log_step(trainer: L.Trainer) -> None:
+    """Log the step just done, as Lightning would have done after this hook."""
+    values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
+    if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        for logger in trainer.loggers:
+            logger.log_metrics(values | {"epoch": trainer.current_epoch}, trainer.global_step - 1)

@@ -44,7 +44,8 @@ class SaveRunConfig(SaveConfigCallback):
         run = Path(self.config["run"])
         run.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, run / "config.yaml", skip_unset=False, overwrite=True)
-        facts = write_provenance(run / "provenance.json", self.config["seed_everything"])
+        resumed = self.config["ckpt_path"] is not None
+        facts = write_provenance(run / "provenance.json", self.config["seed_everything"], resumed)
         for logger in trainer.loggers:
             logger.log_hyperparams({"config": self.config.as_dict(), "provenance": facts})
 
@@ -114,6 +115,11 @@ def run_training(arguments: list[str]) -> int:
     except TrainingStopped as stopped:
         say(f"{stopped}: saved {stopped.checkpoint}; resume with --ckpt_path last")
         return 130 if stopped.signal_number == signal.SIGINT else 143
+    except SystemExit:
+        if not cli.trainer.interrupted:
+            raise
+        say(f"stopped at once; what was saved before is in {cli.run_folder.path}")
+        return 130
     except SaveFailed as failed:
         say(str(failed))
         return 1

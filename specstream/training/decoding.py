@@ -80,8 +80,10 @@ class HeldOutDecoding:
         tau, speedup = AcceptedLength().to(device), Speedup().to(device)
         tau.update(stats.full_committed, stats.full_rounds)
         speedup.update(plain.stats.seconds, stats.seconds)
-        values = {k: v for k, v in acceptance.compute().items() if not k.startswith("prefix")}
-        values |= {"tau": tau.compute(), "speedup": speedup.compute()}
+        values = {"tau": tau.compute(), "speedup": speedup.compute()}
+        if stats.tested:
+            found = acceptance.compute()
+            values |= {k: v for k, v in found.items() if not k.startswith("prefix")}
         for name, value in values.items():
             module.log(f"val/{name}", value.float(), prog_bar=name == "tau")
 

@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 class HistoryLogger(Logger):
     """Appends one JSON object to `metrics.jsonl` each time metrics are logged.
 
-    Each object has `step` (optimizer steps done), `seconds` since the process began, and metrics.
+    Each object has `step` (the optimizer step, from 0), `seconds` since the process began, and
+    metrics.
     """
 
     def __init__(self, run: Path) -> None:
@@ -48,13 +49,11 @@ class HistoryLogger(Logger):
             file.write(json.dumps(row) + "\n")
 
     @rank_zero_only
-    def forget_after(self, step: int) -> None:
-        """Drop rows past `step`, which a resumed run will write again."""
+    def forget_from(self, step: int) -> None:
+        """Drop the rows from `step` on: a resumed run does those steps again."""
         if not self.path.exists():
             return
-        rows = [
-            line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step
-        ]
+        rows = [row for row in self.path.read_text().splitlines() if json.loads(row)["step"] < step]
         self.path.write_text("".join(f"{row}\n" for row in rows))
 
 

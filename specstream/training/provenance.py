@@ -43,9 +43,12 @@ def provenance(seed: int | None, command: list[str]) -> dict[str, object]:
     }
 
 
-def write_provenance(path: Path, seed: int | None) -> dict[str, object]:
-    """Write the facts to `path` and return them."""
+def write_provenance(path: Path, seed: int | None, resumed: bool) -> dict[str, object]:
+    """Write the facts to `path`, those of a resumed run beside the first ones; return the file."""
     facts = provenance(seed, sys.argv)
+    if resumed and path.exists():
+        first = json.loads(path.read_text())
+        facts = first | {"resumed": [*first.get("resumed", []), facts]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(facts, indent=2) + "\n")
     return facts
