@@ -1,4 +1,4 @@
-"""Tiny models, a letter tokenizer, exact laws and the chi-square test, for all tests that decode."""
+"""Tiny models, a letter tokenizer, exact laws and a chi-square test, for tests that decode."""
 
 from __future__ import annotations
 

@@ -1,0 +1,120 @@
+"""The table of costs: measured once for a pair, kept on disk, measured again when damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import specstream.generation.costs as costs_module
+from specstream.drafters import DraftModel, PromptLookup
+from specstream.generation import CostModelLength, FixedLength, SpeculativePipeline, StepCosts
+from specstream.generation.costs import measure_costs, stored_costs
+from specstream.models import PretrainedLM
+from tests.toys import letters, toy_lm
+
+
+@pytest.fixture(scope="module")
+def target() -> PretrainedLM:
+    return toy_lm(100)
+
+
+def pipeline(target: PretrainedLM, max_tokens: int = 2, batch_size: int = 1) -> SpeculativePipeline:
+    drafter = DraftModel(target, lambda: target)
+    return SpeculativePipeline(
+        target, drafter, letters(), lengths=CostModelLength(max_tokens), batch_size=batch_size
+    )
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[StepCosts]:
+    """Count measurements; each gives other numbers, so that a re-read one is told apart."""
+    made: list[StepCosts] = []
+
+    def measure(pipe: SpeculativePipeline) -> StepCosts:
+        size = pipe.lengths.max_tokens
+        cost = 1.0 + len(made)
+        made.append(StepCosts(cost, (0.0, *[cost] * size), (0.0, *[cost] * size)))
+        return made[-1]
+
+    monkeypatch.setattr(costs_module, "measure_costs", measure)
+    return made
+
+
+def test_a_measured_table_has_a_time_for_every_length(target: PretrainedLM) -> None:
+    costs = measure_costs(pipeline(target))
+    assert len(costs.verify) == len(costs.draft) == 3
+    assert all(0 < costs.round_seconds(k) < 60 for k in range(3))
+    assert costs.draft[2] > costs.draft[1] > 0
+
+
+def test_verification_is_measured_at_its_width_even_if_nothing_is_found(
+    target: PretrainedLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = set()
+    extend = target.extend
+
+    def watched(tokens, *arguments, **options):
+        widths.add(tokens.shape[1])
+        return extend(tokens, *arguments, **options)
+
+    monkeypatch.setattr(target, "extend", watched)
+    drafter = PromptLookup(target)
+    measure_costs(SpeculativePipeline(target, drafter, letters(), lengths=CostModelLength(2)))
+    assert widths == {1, 2, 3}
+
+
+def test_a_table_is_measured_once_and_read_again(
+    target: PretrainedLM, tmp_path: Path, measured: list[StepCosts]
+) -> None:
+    first = stored_costs(pipeline(target), tmp_path / "new")
+    assert stored_costs(pipeline(target), tmp_path / "new") == first
+    assert len(measured) == 1
+
+
+def test_another_pair_batch_or_length_is_measured_for_itself(
+    target: PretrainedLM, tmp_path: Path, measured: list[StepCosts]
+) -> None:
+    stored_costs(pipeline(target), tmp_path)
+    stored_costs(pipeline(target, max_tokens=3), tmp_path)
+    stored_costs(pipeline(target, batch_size=2), tmp_path)
+    stored_costs(pipeline(toy_lm(100, num_layers=2)), tmp_path)
+    assert len(measured) == 4 and len(list(tmp_path.iterdir())) == 4
+
+
+DAMAGED = {
+    "cut off": '{"plain": 1.0, "verify": [0.0, 1',
+    "empty": "",
+    "another record": "[]",
+    "a number missing": json.dumps({"plain": None, "verify": [0, 1, 1], "draft": [0, 1, 1]}),
+    "too short": json.dumps({"plain": 1, "verify": [0, 1], "draft": [0, 1]}),
+    "not a time": json.dumps({"plain": 1, "verify": [0, -9, 1], "draft": [0, 1, 1]}),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_table_is_measured_again_and_replaced(
+    target: PretrainedLM, tmp_path: Path, measured: list[StepCosts], name: str
+) -> None:
+    stored_costs(pipeline(target), tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text(DAMAGED[name])
+    assert stored_costs(pipeline(target), tmp_path) == measured[1]
+    assert stored_costs(pipeline(target), tmp_path) == measured[1]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_that_cannot_be_written_costs_a_measurement_only(
+    target: PretrainedLM, tmp_path: Path, measured: list[StepCosts]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert stored_costs(pipeline(target), tmp_path / "file" / "costs") == measured[0]
+
+
+def test_a_fixed_length_needs_no_costs(target: PretrainedLM, measured: list[StepCosts]) -> None:
+    pipe = SpeculativePipeline(
+        target, DraftModel(target, lambda: target), letters(), lengths=FixedLength(1)
+    )
+    next(pipe.generate([[1, 2]]))
+    assert not measured
