@@ -71,12 +71,12 @@ def explain(message: str, class_name: str | None, options: list[str]) -> tuple[s
     if found := re.search(r"arguments are required: (.+)", message):
         owner = f" of {class_name}" if class_name else ""
         return "", f"required{owner} and not given: {found[1]}"
+    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        return "", no_class(found[1], found[2])
     if found := re.search(r"Problem with given class_path '([^']+)':\s*(.+)", message):
         return "", f"class_path '{found[1]}' cannot be used: {plain(found[2])}"
     if found := re.search(r"File does not exist: '?([^'\n]+)", message):
         return "", f"there is no file '{found[1]}'"
-    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
-        return "", no_class(found[1], found[2])
     if found := wrong_type(message):
         return found
     return "", plain(KEY.sub("", message))
