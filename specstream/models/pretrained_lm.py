@@ -9,7 +9,9 @@ Shapes: B rows, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,14 +157,19 @@ class PretrainedLM(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade recomputation for activation memory in training."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = self.model  # the second name is the one before transformers 5.2x
+        renamed = getattr(model, "activation_checkpointing_enable", None)
+        (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Write an ordinary `transformers` folder that any runtime loads: bfloat16 safetensors."""
+        """Write an ordinary `transformers` folder that any runtime loads: bfloat16 safetensors.
+
+        Of a model sharded by FSDP2 every process must call it, because each gives its shards.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         state = {
-            name: tensor.detach().to(torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
+            name: whole(tensor).to(torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in self.model.state_dict().items()
             if name not in tied
         }
@@ -238,6 +245,13 @@ class UntrainedLM(PretrainedLM):
         self._adopt(model)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor without gradient, gathered from all processes where it is sharded."""
+    from torch.distributed.tensor import DTensor
+
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 def resolve_dtype(name: str) -> torch.dtype:
     """Turn a dtype's name into the dtype; `auto` is bfloat16 where the hardware computes in it."""
     if name == "auto":
@@ -268,9 +282,10 @@ def load_model(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTr
         raise ValueError(f"cannot load a model from {path!r}: {_first_line(error)}") from error
     refuse_unsupported(config)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-        )
+        with _without_progress_bars(folder.is_dir()):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+            )
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot load a model from {path!r}: {_first_line(error)}") from error
     if report["missing_keys"]:  # transformers would draw them at random and warn
@@ -279,6 +294,21 @@ def load_model(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTr
             f"{path!r} lacks {len(missing)} of its model's weights, {missing[0]} for one"
         )
     return model
+
+
+@contextlib.contextmanager
+def _without_progress_bars(quiet: bool) -> Iterator[None]:
+    """Spare the screen a bar for every local load; downloads keep theirs."""
+    from transformers.utils import logging
+
+    shown = quiet and logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:
