@@ -173,17 +173,17 @@ class PretrainedLM(nn.Module):
             for name, tensor in self.model.state_dict().items()
             if name not in tied
         }
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         config = self.config.to_dict() | {
             "dtype": "bfloat16",
             "architectures": [type(self.model).__name__],
         }
-        save_file(
+        weights = save(
             {name: tensor.contiguous().cpu() for name, tensor in state.items()},
-            folder / "model.safetensors",
             metadata={"format": "pt"},
         )
+        (folder / "model.safetensors").write_bytes(weights)  # save_file would lock others out
         (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
