@@ -11,9 +11,9 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from specstream.training.base import OPTIMIZED
+from specstream.training.sharding import is_sharded
 
 
 class WeightAveraging(L.Callback):
@@ -33,7 +33,7 @@ class WeightAveraging(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trained = _trained(pl_module)
-        if any(isinstance(p, DTensor) for p in trained.values()):
+        if is_sharded(pl_module):
             raise ValueError("WeightAveraging does not work on sharded models; use strategy ddp")
         if not self.average:
             self.average = {name: p.detach().clone() for name, p in trained.items()}

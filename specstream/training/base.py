@@ -122,7 +122,8 @@ class SummedLossModule(L.LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         for name, mean in self.val_means.items():
             assert isinstance(mean, MeanMetric)
-            self.log(f"val/{name}", mean.compute(), prog_bar=name == "loss")
+            # torchmetrics has summed over processes; sync_dist only tells Lightning so
+            self.log(f"val/{name}", mean.compute(), prog_bar=name == "loss", sync_dist=True)
             mean.reset()
 
     def configure_optimizers(self) -> dict[str, Any]:

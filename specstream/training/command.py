@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
@@ -25,6 +26,7 @@ from specstream.training.history import HistoryLogger, plot_losses
 from specstream.training.model_card import write_model_card
 from specstream.training.provenance import write_provenance
 from specstream.training.run_folder import RunFolder, say
+from specstream.training.sharding import is_sharded
 from specstream.training.wandb_run import WandbRun
 
 DESCRIPTION = "Train a draft model or a target; configs/train holds complete examples."
@@ -133,10 +135,13 @@ def run_training(arguments: list[str]) -> int:
 
 def finish(cli: TrainCLI) -> None:
     """Export what was trained, with its loss curve and its card."""
+    run, processor = cli.run_folder.path, TextProcessor(cli.datamodule.tokenizer)
     if not cli.trainer.is_global_zero:
+        if is_sharded(cli.model):  # gathering needs every process; only the first one's files stay
+            with TemporaryDirectory() as elsewhere:
+                cli.model.export(Path(elsewhere), processor)
         return
-    run = cli.run_folder.path
-    exported = cli.model.export(run, TextProcessor(cli.datamodule.tokenizer))
+    exported = cli.model.export(run, processor)
     plot_losses(run / "metrics.jsonl", exported / "loss.png")
     write_model_card(run, exported)
     say(f"trained {cli.trainer.global_step} steps; wrote {exported}")

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from torch.distributed.tensor import DTensor
 
 from specstream.generation import AutoregressivePipeline, FixedLength, Limits, SpeculativePipeline
 from specstream.metrics import Acceptance, AcceptedLength, Speedup
 from specstream.sampling import Sampling
 from specstream.structures import Completion, Origin
+from specstream.training.sharding import is_sharded
 
 if TYPE_CHECKING:
     from specstream.training.draft_module import DraftModule
@@ -50,7 +50,7 @@ class HeldOutDecoding:
         """Decode this process's share of the prompts, and log what all processes found."""
         prompts = module.trainer.datamodule.prompts(self.num_prompts)  # type: ignore[attr-defined]
         rank, world = module.trainer.global_rank, module.trainer.world_size
-        if any(isinstance(p, DTensor) for p in module.parameters()):
+        if is_sharded(module):
             rank, world = 0, 1  # sharded layers: every process takes part in every pass
         indices = list(range(len(prompts)))[rank::world]
         limits = Limits(self.max_new_tokens, ignore_eos=True)
@@ -85,7 +85,7 @@ class HeldOutDecoding:
             found = acceptance.compute()
             values |= {k: v for k, v in found.items() if not k.startswith("prefix")}
         for name, value in values.items():
-            module.log(f"val/{name}", value.float(), prog_bar=name == "tau")
+            module.log(f"val/{name}", value.float(), prog_bar=name == "tau", sync_dist=True)
 
     def _row(
         self, module: DraftModule, prompt: list[int], speculative: Completion, plain: Completion

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from specstream.models.pretrained_lm import PretrainedLM
 
@@ -18,6 +19,11 @@ def train_in_float32(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether processes hold shards, so that every pass needs all of them."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def shard_layers(model: PretrainedLM, mesh: DeviceMesh | None) -> None:

@@ -12,7 +12,24 @@ import pytest
 import yaml
 
 VOCABULARY = 300
-WORDS = "the draft is short and the target checks it in one pass then both go on".split()
+WORDS = [
+    "the",
+    "draft",
+    "is",
+    "short",
+    "and",
+    "the",
+    "target",
+    "checks",
+    "it",
+    "in",
+    "one",
+    "pass",
+    "then",
+    "both",
+    "go",
+    "on",
+]
 
 
 @pytest.fixture(scope="session")
