@@ -7,9 +7,8 @@ import json
 import math
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +25,10 @@ if TYPE_CHECKING:
     from specstream.generation.speculative import SpeculativePipeline
 
 CONTEXT = 64  # committed tokens a row while measuring
-REPEATS = 7  # timed runs of each pass; the median counts
 WARMUPS = 2
+FEWEST_TURNS = 3  # timed runs of each pass, at least
+MOST_TURNS = 30  # and at most
+SECONDS = 2.0  # after which no further turn is begun
 
 
 def stored_costs(pipeline: SpeculativePipeline, folder: Path | None = None) -> StepCosts:
@@ -72,28 +73,41 @@ def measure_costs(pipeline: SpeculativePipeline) -> StepCosts:
     cache = pipeline.target.new_cache(pipeline.batch_size, capacity)
     state = pipeline.drafter.new_cache(pipeline.batch_size, capacity)
     nothing = pipeline.draft(context, state, [0] * len(lengths), noise)
-    plain = _median(lambda: pipeline.verify(context, cache, nothing, noise))
-    verify, draft = [plain] * (top + 1), [0.0] * (top + 1)
+    passes: list[Callable[[], object]] = [lambda: pipeline.verify(context, cache, nothing, noise)]
     for k in pipeline.lengths.choices:
         wanted = [k] * len(lengths)
         # A drafter that finds nothing drafts nothing, but what it finds later is verified.
         made = pad_draft(pipeline.draft(context, state, wanted, noise), k)
-        verify[k] = _median(lambda d=made: pipeline.verify(context, cache, d, noise))
-        draft[k] = _median(lambda w=wanted: pipeline.draft(context, state, w, noise))
+        passes.append(lambda d=made: pipeline.verify(context, cache, d, noise))
+        passes.append(lambda w=wanted: pipeline.draft(context, state, w, noise))
+    plain, *others = fastest(passes)
+    verify, draft = [plain] * (top + 1), [0.0] * (top + 1)
+    for k, spent, drafting in zip(pipeline.lengths.choices, others[::2], others[1::2], strict=True):
+        verify[k], draft[k] = spent, drafting
     return StepCosts(plain, tuple(verify), tuple(draft))
 
 
-def _median(run: Callable[[], object]) -> float:
+def fastest(passes: Sequence[Callable[[], object]]) -> list[float]:
+    """Return the least seconds of each pass over several turns through all of them.
+
+    Other programs only ever add time, and taking turns spreads what they add over all passes: the
+    least is the steadiest estimate of what a pass costs, and a table outlives the moment.
+    """
     for _ in range(WARMUPS):
-        run()
-    times = []
-    for _ in range(REPEATS):
-        _synchronize()
-        started = time.perf_counter()
-        run()
-        _synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+        for run in passes:
+            run()
+    least = [math.inf] * len(passes)
+    started = time.perf_counter()
+    for turn in range(MOST_TURNS):
+        for i, run in enumerate(passes):
+            _synchronize()
+            before = time.perf_counter()
+            run()
+            _synchronize()
+            least[i] = min(least[i], time.perf_counter() - before)
+        if turn + 1 >= FEWEST_TURNS and time.perf_counter() - started > SECONDS:
+            break
+    return least
 
 
 def _synchronize() -> None:
