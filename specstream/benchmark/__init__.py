@@ -1,0 +1,36 @@
+"""Measure what the README claims.
+
+    python -m specstream.benchmark --config configs/benchmark/X.yaml
+
+Reading order: `prompts` (what is decoded), `pair` (the models), `methods` (who decodes), `runners`
+(one warm decoder each), `timing` (alternating runs), `speed` (the table of speeds), `speed_rows`
+(what is derived), `distillation` (the table of divergences), `rows` (the results file), `tables`,
+`plots` and `readme` (what is made of it), `command` (the command line).  `sweep` trains what
+`distillation` compares.
+"""
+
+from specstream.benchmark.distillation import DistillationStudy
+from specstream.benchmark.methods import (
+    Method,
+    Plain,
+    Speculative,
+    Transformers,
+    TransformersAssisted,
+)
+from specstream.benchmark.prompts import FilePrompts, HeldOutPrompts, PromptSource
+from specstream.benchmark.speed import SpeedStudy
+from specstream.benchmark.study import Study
+
+__all__ = [
+    "DistillationStudy",
+    "FilePrompts",
+    "HeldOutPrompts",
+    "Method",
+    "Plain",
+    "PromptSource",
+    "Speculative",
+    "SpeedStudy",
+    "Study",
+    "Transformers",
+    "TransformersAssisted",
+]

@@ -1,0 +1,236 @@
+"""The results file: a JSON list with one object for each row of the table, written whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """On what, with what and from what a row was measured."""
+
+    hardware: str
+    dtype: str
+    threads: int
+    versions: dict[str, str | None]
+    git_commit: str | None
+    git_dirty: bool | None
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Speedups:
+    """Ratios of seconds a token; `speedup_interval` is a 95 % bootstrap interval over prompts."""
+
+    speedup_vs_plain: float | None
+    speedup_interval: tuple[float, float] | None
+    speedup_vs_hf: float | None
+    speedup_vs_hf_assisted: float | None
+    speedup_vs_batch_1: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What our pipelines count; a peer does not."""
+
+    tau: float | None = None
+    alpha: float | None = None
+    alphas: list[float] = field(default_factory=list)
+    mean_length: float | None = None
+    share_plain: float | None = None
+    target_calls: int | None = None
+    draft_calls: int | None = None
+    guarantee: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What the acceptance allows at the measured times, and how much of it was reached.
+
+    t_plain, t_verify and t_draft are the seconds of a plain pass, of verifying and of drafting
+    `drafted` tokens.
+    """
+
+    drafted: float | None = None
+    t_plain: float | None = None
+    t_verify: float | None = None
+    t_draft: float | None = None
+    bound: float | None = None
+    efficiency: float | None = None
+    eta: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Greedy outputs beside the plain target's: how many prompts differ, and why.
+
+    A difference whose first tokens have logits within rounding is a tie: passes over one token and
+    over several round differently, and either token is the target's greedy choice.
+    """
+
+    identical: bool | None = None
+    ties: int | None = None
+    differences: int | None = None  # beyond rounding
+    largest_gap: float | None = None  # of the logits at the first token that differs
+    gap_tolerance: float | None = None  # the smallest that was applied
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedRow:
+    """One method on one task under one setting; None where a number has no meaning.
+
+    In JSON the parts are one flat object.  Seconds are for all prompts, medians over the repeats;
+    of several variants the row is the fastest's.
+    """
+
+    study: str = "speed"
+    task: str
+    setting: str
+    method: str
+    role: str
+    variant: str
+    variants: dict[str, float]  # seconds of each
+    batch_size: int
+    sampling: str
+    num_prompts: int
+    prompt_tokens: float
+    max_new_tokens: int
+    repeats: int
+    elements: int
+    seconds: float
+    tokens_per_second: float
+    speedups: Speedups
+    counts: Counts
+    bound: Bound
+    agreement: Agreement
+    quality: float | None
+    repeated_4grams: float | None
+    machine: Machine
+
+
+@dataclass(frozen=True, slots=True)
+class PairedDifference:
+    """Mean over seeds of tau minus the baseline's tau with the same seed; empty for the baseline.
+
+    `relative` is in shares of the baseline's tau.  The 95 % interval of the difference is a t
+    interval over seeds, or with one seed a bootstrap interval over prompts.
+    """
+
+    pairs: int | None = None
+    difference: float | None = None
+    relative: float | None = None
+    interval: tuple[float, float] | None = None
+    interval_over: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillationRow:
+    """One divergence: tau and acceptance of its drafters, one for each seed, on held-out prompts.
+
+    `tau` is the mean over seeds; alphas are of all of them together.
+    """
+
+    study: str = "distillation"
+    task: str
+    method: str
+    baseline: str
+    sampling: str
+    num_prompts: int
+    max_new_tokens: int
+    drafted: int
+    steps: int | None
+    seeds: list[int]
+    taus: list[float]
+    tau: float
+    alpha: float
+    alphas: list[float]
+    difference: PairedDifference
+    machine: Machine
+
+
+Row = SpeedRow | DistillationRow
+
+
+def describe_machine(device: str, dtype: str, arguments: Sequence[str]) -> Machine:
+    """Return the facts of this process, for every row of it."""
+    import torch
+
+    from specstream.training.provenance import provenance
+
+    facts: dict[str, Any] = provenance(None, sys.argv)
+    if device.startswith("cuda"):
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{facts['cpu']}, {facts['cpu_cores']} CPU cores"
+    return Machine(
+        hardware=hardware,
+        dtype=dtype,
+        threads=torch.get_num_threads(),
+        versions={name: facts["versions"][name] for name in ("torch", "transformers")},
+        git_commit=facts["git_commit"],
+        git_dirty=facts["git_dirty"],
+        command=" ".join(["python -m specstream.benchmark", *arguments]),
+    )
+
+
+def as_json(rows: Sequence[Row | dict[str, Any]], indent: int | None = None) -> str:
+    """Return the rows as JSON, floats with six digits."""
+    objects = [row if isinstance(row, dict) else flat(row) for row in rows]
+    return json.dumps([_rounded(o) for o in objects], indent=indent)
+
+
+def flat(row: Row) -> dict[str, Any]:
+    """Return a row as one flat object, its parts merged into it."""
+    merged: dict[str, Any] = {}
+    for entry in fields(row):
+        value = getattr(row, entry.name)
+        if is_dataclass(value) and not isinstance(value, type):
+            merged |= asdict(value)
+        else:
+            merged[entry.name] = value
+    return merged
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(part) for part in value]
+    return value
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write the results file whole, so that an older one survives a full disk."""
+    write_whole(path, as_json(rows, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write under a temporary name and rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a results file; ValueError in one line when it is not one."""
+    try:
+        rows = json.loads(path.read_text())
+        studies = {row["study"] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{path}' is not a results file: {error}") from error
+    if not studies or not studies <= {"speed", "distillation"}:
+        raise ValueError(f"'{path}' is not a results file: it holds {sorted(studies) or 'no rows'}")
+    return list(rows)

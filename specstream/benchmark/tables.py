@@ -1,0 +1,146 @@
+"""Rows as tables: the same columns on the terminal and in the README."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+JsonRow = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A heading and what stands below it."""
+
+    heading: str
+    cell: Callable[[JsonRow], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows that belong together, under their title."""
+
+    title: str
+    columns: list[Column]
+    rows: list[JsonRow]
+
+
+def number(key: str, form: str) -> Callable[[JsonRow], str]:
+    """Return a cell that formats a number, empty where there is none."""
+    return lambda row: "" if row.get(key) is None else format(row[key], form)
+
+
+def times(key: str) -> Callable[[JsonRow], str]:
+    """Return a cell such as 1.85x."""
+    return lambda row: "" if row.get(key) is None else f"{row[key]:.2f}x"
+
+
+def speedup(row: JsonRow) -> str:
+    """Return the speedup over plain decoding with its interval."""
+    if row["speedup_interval"] is None:
+        return times("speedup_vs_plain")(row)
+    low, high = row["speedup_interval"]
+    return f"{row['speedup_vs_plain']:.2f}x [{low:.2f}, {high:.2f}]"
+
+
+def same(row: JsonRow) -> str:
+    """Say whether greedy output is the plain target's."""
+    if row["identical"] is None:
+        return ""
+    if row["identical"]:
+        return "yes"
+    if row["differences"]:
+        return f"no: {row['differences']} of {row['num_prompts']}"
+    return f"yes, {row['ties']} ties"
+
+
+def method(row: JsonRow) -> str:
+    """Name a method, and its variant where another was slower."""
+    return row["method"] if len(row["variants"]) == 1 else f"{row['method']} ({row['variant']})"
+
+
+def against_baseline(row: JsonRow) -> str:
+    """Return the paired difference with its interval."""
+    if row["difference"] is None:
+        return "baseline" if row["method"] == row["baseline"] else ""
+    low, high = row["interval"]
+    return f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}] ({row['relative']:+.1%})"
+
+
+SPEED = [
+    Column("method", method),
+    Column("tau", number("tau", ".2f")),
+    Column("alpha", number("alpha", ".2f")),
+    Column("drafted", number("mean_length", ".2f")),
+    Column("plain rounds", number("share_plain", ".0%")),
+    Column("tokens/s", number("tokens_per_second", ".0f")),
+    Column("speedup", speedup),
+    Column("bound", times("bound")),
+    Column("efficiency", number("efficiency", ".2f")),
+    Column("vs transformers", times("speedup_vs_hf")),
+    Column("vs assisted", times("speedup_vs_hf_assisted")),
+    Column("vs batch 1", times("speedup_vs_batch_1")),
+    Column("same text", same),
+    Column("repeated 4-grams", number("repeated_4grams", ".0%")),
+]
+DISTILLATION = [
+    Column("divergence", lambda row: row["method"]),
+    Column("seeds", lambda row: str(len(row["seeds"]))),
+    Column("tau", number("tau", ".3f")),
+    Column("by seed", lambda row: " ".join(f"{tau:.3f}" for tau in row["taus"])),
+    Column("alpha", number("alpha", ".3f")),
+    Column("alpha by position", lambda row: " ".join(f"{a:.2f}" for a in row["alphas"])),
+    Column("tau against the baseline, paired", against_baseline),
+    Column("interval over", lambda row: row["interval_over"] or ""),
+]
+
+
+def make_tables(rows: Sequence[JsonRow]) -> list[Table]:
+    """Group rows into tables, in the order they were measured; empty columns are left out."""
+    return [
+        Table(title, [c for c in columns if any(c.cell(row) for row in group)], group)
+        for title, columns, group in _groups(rows)
+    ]
+
+
+def _groups(rows: Sequence[JsonRow]) -> Iterator[tuple[str, list[Column], list[JsonRow]]]:
+    def key(row: JsonRow) -> tuple[str, ...]:
+        return (row["study"], row["task"], row.get("setting", ""), row["sampling"])
+
+    for (study, task, setting, sampling), members in groupby(rows, key):
+        group = list(members)
+        tokens = f"{group[0]['num_prompts']} prompts, {group[0]['max_new_tokens']} new tokens"
+        if study == "speed":
+            yield f"{task}, {setting} ({sampling}; {tokens})", SPEED, group
+        else:
+            steps = f"{group[0]['steps']} steps each, {group[0]['drafted']} drafted"
+            yield f"{task}, {sampling} ({steps}; {tokens})", DISTILLATION, group
+
+
+def print_tables(rows: Sequence[JsonRow]) -> None:
+    """Print the tables to stdout."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    for table in make_tables(rows):
+        shown = RichTable(title=table.title, title_justify="left", show_edge=False)
+        for i, column in enumerate(table.columns):
+            shown.add_column(column.heading, justify="right" if i else "left")
+        for row in table.rows:
+            shown.add_row(*(column.cell(row) for column in table.columns))
+        console.print(shown)
+
+
+def markdown(table: Table) -> str:
+    """Return a table in Markdown."""
+    lines = [
+        "| " + " | ".join(column.heading for column in table.columns) + " |",
+        "| --- " + "| ---: " * (len(table.columns) - 1) + "|",
+    ]
+    lines += ["| " + " | ".join(c.cell(row) for c in table.columns) + " |" for row in table.rows]
+    return "\n".join(lines)
