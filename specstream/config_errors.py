@@ -77,8 +77,8 @@ def explain(message: str, class_name: str | None, options: list[str]) -> tuple[s
         return "", f"class_path '{found[1]}' cannot be used: {plain(found[2])}"
     if found := re.search(r"File does not exist: '?([^'\n]+)", message):
         return "", f"there is no file '{found[1]}'"
-    if found := wrong_type(message):
-        return found
+    if mismatch := wrong_type(message):
+        return mismatch
     return "", plain(KEY.sub("", message))
 
 

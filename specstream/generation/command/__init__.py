@@ -14,8 +14,19 @@ from specstream.generation.loading import build_pipeline, load_run
 
 def run_generation(arguments: list[str]) -> int:
     """Generate as the arguments say; returns the exit code.  ValueError for a user's mistake."""
+    import torch
+
     options = parse_options(arguments)
     _show_slow_loading_only()
+    try:
+        return _generate(options)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "the GPU is out of memory; lower --batch_size or --max_new_tokens, or --quantize both"
+        ) from error
+
+
+def _generate(options: Options) -> int:
     if options.prompts is not None:
         from specstream.generation.command.many_prompts import generate_many
 

@@ -109,7 +109,10 @@ def report_lines(stats: Stats, comparison: Comparison | None = None) -> list[str
     if stats.mean_length is not None and stats.share_plain is not None and stats.draft_calls:
         plain = f"{stats.share_plain:.0%} of the rounds without a draft"
         rows.append(("drafted", f"{stats.mean_length:.2f} tokens a round, {plain}"))
-    rows += [("int8 weights", f"{role}: {what}") for role, what in stats.quantized.items()]
+    for role, made in stats.quantized.items():
+        assert isinstance(made, dict)
+        share = f"{made['share_of_parameters']:.0%} of its parameters"
+        rows.append(("int8 weights", f"{role}: {made['linear_layers']} linear layers, {share}"))
     if comparison is not None:
         rows += comparison_rows(comparison)
     width = max(len(name) for name, _ in rows) + 2
