@@ -6,7 +6,6 @@ Only this file knows a tokenizer while decoding.  It does not know models or pro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -60,33 +59,9 @@ class TextProcessor:
             list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def check_vocabulary(self, path: str) -> None:
-        """Raise ValueError when the tokenizer of `path` gives ids another meaning than this one.
-
-        A folder or hub model without a tokenizer passes, and so do ids that only one of them has.
-        """
-        other = _vocabulary(path)
-        own = {number: token for token, number in self.tokenizer.get_vocab().items()}
-        for number in sorted(own.keys() & other.keys()):
-            if own[number] != other[number]:
-                raise ValueError(
-                    f"the tokenizer of {path!r} is not the target's: token {number} is "
-                    f"{other[number]!r} there and {own[number]!r} here"
-                )
-
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files beside a model."""
         self.tokenizer.save_pretrained(folder)
-
-
-@lru_cache(maxsize=8)
-def _vocabulary(path: str) -> dict[int, str]:
-    """Return the tokens of a folder's or hub model's tokenizer by id, none if it has none."""
-    try:
-        tokenizer = TextProcessor.from_pretrained(path).tokenizer
-    except ValueError:
-        return {}
-    return {number: token for token, number in tokenizer.get_vocab().items()}
 
 
 class TextStream:

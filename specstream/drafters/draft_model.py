@@ -114,8 +114,6 @@ class DraftModel(Drafter):
                 f"drafter has a vocabulary of {self.model.vocab_size}, target one of {size}: "
                 "they must share a tokenizer"
             )
-        if self.model.path and self.model.path != target.path:
-            processor.check_vocabulary(self.model.path)
 
     def save(self, folder: Path, processor: TextProcessor) -> dict[str, Any]:
         self.model.save(folder, processor.tokenizer)

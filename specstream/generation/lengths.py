@@ -72,6 +72,10 @@ class FixedLength(DraftLength, RowLength):
     def __post_init__(self) -> None:
         _check_length(self.max_tokens)
 
+    @property
+    def choices(self) -> Sequence[int]:
+        return (self.max_tokens,) if self.max_tokens else ()
+
     def for_row(self, costs: StepCosts | None) -> RowLength:
         return self
 
@@ -128,7 +132,7 @@ class _CostModelRow(RowLength):
 
     def choose(self) -> int:
         best = best_length(self.accepted / self.tested, self.costs, self.policy.choices)
-        if best:
+        if best or not self.policy.choices:
             self.wait = 0
             return best
         if self.wait == 0:  # the last try failed, or the costs forbid drafting from the start

@@ -96,6 +96,8 @@ class SpeculativePipeline(TextPipeline):
         num_tokens = max(wanted)
         if num_tokens == 0:
             return empty_draft(len(wanted), context.tokens.device)
+        if self.compiled:  # near a limit a longer draft, cut below, instead of one more graph
+            num_tokens = min(k for k in self.lengths.choices if k >= num_tokens)
         draft = self.drafter.propose(context, state, num_tokens, self.sampling, noise)
         if min(wanted) < num_tokens:
             own = torch.tensor(wanted).to(draft.lengths.device)

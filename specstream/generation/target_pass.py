@@ -78,8 +78,9 @@ def _seen_at_nodes(seen: Tensor | None, drafted: Tensor) -> Tensor | None:
     """Add each node's drafted ancestors to what its row has seen: (B, K+1, V) bool."""
     if seen is None:
         return None
-    ancestors = F.one_hot(drafted, seen.shape[-1]).cumsum(1) > 0  # (B, K, V)
-    return seen[:, None] | F.pad(ancestors, (0, 0, 1, 0))
+    # Counts are padded, not their signs: inductor's vector code for padded bools does not compile.
+    counts = F.pad(F.one_hot(drafted, seen.shape[-1]), (0, 0, 1, 0)).cumsum(1)  # (B, K+1, V)
+    return seen[:, None] | (counts > 0)
 
 
 def empty_draft(batch_size: int, device: torch.device) -> TokenDraft:
