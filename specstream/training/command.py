@@ -27,7 +27,7 @@ from specstream.training.model_card import write_model_card
 from specstream.training.provenance import write_provenance
 from specstream.training.run_folder import RunFolder, say
 from specstream.training.sharding import is_sharded
-from specstream.training.wandb_run import WandbRun
+from specstream.training.wandb_run import WandbRun, note_run_id
 
 DESCRIPTION = "Train a draft model or a target; configs/train holds complete examples."
 
@@ -37,18 +37,27 @@ class TrainParser(OneLineErrors, LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes config.yaml and provenance.json into the run folder, and nowhere else."""
+    """Opens the run folder with config.yaml and provenance.json.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, save_to_log_dir=False, **kwargs)
+    Later than Lightning would, when data and models are built: a run that fails before leaves
+    nothing behind, and what it was to replace is still there.
+    """
 
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Wait for on_fit_start."""
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         run = Path(self.config["run"])
+        if self.config["ckpt_path"] is None:
+            RunFolder(run).clear()
         run.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, run / "config.yaml", skip_unset=False, overwrite=True)
         resumed = self.config["ckpt_path"] is not None
         facts = write_provenance(run / "provenance.json", self.config["seed_everything"], resumed)
         for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                note_run_id(run, str(logger.version))
             logger.log_hyperparams({"config": self.config.as_dict(), "provenance": facts})
 
 
@@ -75,11 +84,10 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         run = self.run_folder
         configured = self._get(self.config_init, "trainer")
-        if not self.resume_from and rank_zero_only.rank in (None, 0):
-            run.clear()  # of an earlier run that may be overwritten; everything is built by now
         self.history = HistoryLogger(run.path)
         wandb_run = self._get(self.config_init, "wandb")
-        sent = [wandb_run.logger(run.path)] if wandb_run is not None else []
+        resuming = self.resume_from is not None
+        sent = [wandb_run.logger(run.path, resuming)] if wandb_run is not None else []
         given = [x for x in _as_list(configured["logger"]) if not isinstance(x, bool)]
         configured["logger"] = [*given, *sent, self.history]
         writer = AtomicCheckpointIO()

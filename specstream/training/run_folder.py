@@ -1,7 +1,7 @@
 """The folder of one training run: what lies in it, and when it may be written.
 
     checkpoints/<name>/
-        config.yaml  provenance.json  metrics.jsonl  samples.jsonl
+        config.yaml  provenance.json  metrics.jsonl  samples.jsonl  (wandb/  wandb.json)
         last.ckpt  best.ckpt          every trained tensor, and what resuming needs
         draft/ or model/              what generation loads
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 
 WRITTEN_FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "samples.jsonl", "wandb.json")
-WRITTEN_FOLDERS = ("draft", "model", "wandb")
+WRITTEN_FOLDERS = ("draft", "model")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,8 @@ class WandbRun:
     entity: str | None = None
     offline: bool = False
 
-    def logger(self, run: Path) -> WandbLogger:
-        """Make the logger of a run folder; a folder that has a W&B run continues it."""
+    def logger(self, run: Path, resuming: bool) -> WandbLogger:
+        """Make the logger of a run folder; a resumed run continues the W&B run noted there."""
         import wandb
 
         offline = self.offline or not self._can_send()
@@ -39,7 +38,7 @@ class WandbRun:
             save_dir=str(run),
             project=self.project,
             entity=self.entity,
-            id=run_id(run),
+            id=noted_run_id(run) if resuming else None,
             mode="offline" if offline else "online",
             settings=wandb.Settings(console="off", silent=offline),
         )
@@ -63,16 +62,15 @@ class WandbRun:
         return True
 
 
-def run_id(run: Path) -> str:
-    """Return the W&B id of a run folder, the one noted in its wandb.json or a new one."""
+def noted_run_id(run: Path) -> str | None:
+    """Return the W&B id in a run folder's wandb.json, None where there is none."""
     path = run / "wandb.json"
-    if path.exists():
-        return str(json.loads(path.read_text())["id"])
-    new = secrets.token_hex(4)
-    if rank_zero_only.rank in (None, 0):
-        run.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"id": new}) + "\n")
-    return new
+    return str(json.loads(path.read_text())["id"]) if path.exists() else None
+
+
+def note_run_id(run: Path, identity: str) -> None:
+    """Write wandb.json, by which a resumed run finds its W&B run."""
+    (run / "wandb.json").write_text(json.dumps({"id": identity}) + "\n")
 
 
 @rank_zero_only

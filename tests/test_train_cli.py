@@ -1,0 +1,155 @@
+"""train.py says what is wrong in one line, exits 2, and has created nothing by then."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from specstream.cli import train
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+run: {run}
+model:
+  class_path: specstream.training.DistillationModule
+  init_args:
+    target:
+      class_path: specstream.models.PretrainedLM
+      init_args: {{path: {target}}}
+    drafter:
+      class_path: specstream.drafters.DraftModel
+      init_args:
+        model:
+          class_path: specstream.models.UntrainedLM
+          init_args: {{vocab_size: 300, hidden_size: 16, intermediate_size: 32, num_layers: 1,
+                      num_heads: 2{option}}}
+    divergence: {{class_path: specstream.divergences.{divergence}}}
+data:
+  class_path: specstream.data.TextDataModule
+  init_args:
+    sources:
+      - class_path: specstream.data.RawText
+        init_args: {{path: {path}}}
+    vocab_size: 300
+trainer: {{max_steps: 1, accelerator: cpu, logger: false}}
+"""
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run train.py and return the one line that it leaves on stderr."""
+    assert train(list(arguments)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., str]:
+    def write(**changes: str) -> str:
+        text = tmp_path / "text.txt"
+        text.write_text("the draft and the target\n" * 50)
+        values = {
+            "run": str(tmp_path / "run"),
+            "target": str(tmp_path / "nothing"),
+            "path": str(text),
+            "option": "",
+            "divergence": "ForwardKL",
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(CONFIG.format(**values | changes))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["--model.drafter.init_args.dpeth", "3"],
+            "config error: model.drafter: option 'dpeth' is not accepted by DraftModel; "
+            "accepted are model",
+        ),
+        (
+            ["--model.drafter.model.num_layer", "3"],
+            "config error: model.drafter.model: option 'num_layer' is not accepted by "
+            "UntrainedLM; did you mean 'num_layers'?",
+        ),
+        (
+            ["--trainer.max_stesp", "3"],
+            "config error: trainer: option 'max_stesp' is not accepted; did you mean 'max_steps'?",
+        ),
+        (
+            ["--trainer.max_steps", "many"],
+            "config error: trainer.max_steps: expected int, got 'many'",
+        ),
+        (
+            ["--model.chunk_tokens", "few"],
+            "config error: model.chunk_tokens: expected int, got 'few'",
+        ),
+        (
+            ["--config", "nowhere.yaml"],
+            f"config error: there is no file '{ROOT / 'nowhere.yaml'}'",
+        ),
+    ],
+)
+def test_a_wrong_option_is_named_where_it_stands(
+    arguments: list[str],
+    line: str,
+    config: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert fails(capsys, "--config", config(), *arguments) == line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_option_of_a_file_is_named_too(
+    config: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert fails(capsys, "--config", config(option=", num_kv_head: 2")) == (
+        "config error: model.drafter.model: option 'num_kv_head' is not accepted by UntrainedLM; "
+        "did you mean 'num_kv_heads'?"
+    )
+
+
+def test_an_unknown_class_is_named(
+    config: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, "--config", config(divergence="ForwradKL"))
+    assert line.startswith("config error: model.divergence: ") and "ForwradKL" in line
+
+
+def test_missing_data_is_an_error_before_anything_is_created(
+    config: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = fails(capsys, "--config", config(path=str(tmp_path / "none.jsonl")))
+    assert "none.jsonl" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_target_is_an_error_of_one_line(
+    config: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = fails(capsys, "--config", config())
+    assert line == f"error: no model folder at '{tmp_path / 'nothing'}'"
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_is_shown() -> None:
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--ckpt_path" in done.stdout and "--run" in done.stdout
+    assert done.stderr == ""

@@ -1,0 +1,62 @@
+"""When a run folder may be written, and what replacing it removes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from specstream.training.provenance import provenance, write_provenance
+from specstream.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def old_run(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    (folder.path / "draft").mkdir(parents=True)
+    for name in ("last.ckpt", "config.yaml", "notes.txt"):
+        (folder.path / name).write_text("")
+    return folder
+
+
+def test_a_new_run_starts_anew_and_creates_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "new")
+    assert folder.open(overwrite=False, ckpt_path=None) is None
+    assert not folder.path.exists()
+
+
+def test_a_run_that_exists_is_refused(old_run: RunFolder) -> None:
+    with pytest.raises(ValueError, match="exists already; give --ckpt_path last"):
+        old_run.open(overwrite=False, ckpt_path=None)
+
+
+def test_resuming_is_not_overwriting(old_run: RunFolder) -> None:
+    assert old_run.open(overwrite=False, ckpt_path="last") == old_run.last
+    with pytest.raises(ValueError, match=r"no checkpoint .*best\.ckpt; there is .*last\.ckpt"):
+        old_run.open(overwrite=False, ckpt_path="best")
+
+
+def test_overwriting_removes_what_a_run_wrote_and_nothing_else(old_run: RunFolder) -> None:
+    assert old_run.open(overwrite=True, ckpt_path=None) is None
+    old_run.clear()
+    assert [file.name for file in old_run.path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_with_other_files_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("")
+    assert not RunFolder(tmp_path).exists()
+
+
+def test_provenance_does_without_git_and_keeps_the_first_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert provenance(3, ["train.py"])["git_commit"] is None
+    path = tmp_path / "provenance.json"
+    first = write_provenance(path, 3, resumed=False)
+    write_provenance(path, 4, resumed=True)
+    facts = json.loads(path.read_text())
+    assert facts["seed"] == first["seed"] == 3
+    assert [later["seed"] for later in facts["resumed"]] == [4]
+    assert facts["versions"]["torch"] and facts["cpu_cores"] >= 1
