@@ -61,6 +61,19 @@ def test_a_drafter_that_turns_useless_is_dropped_and_one_that_recovers_comes_bac
     assert drafted_rounds(row, 1.0, 200)[-1] == 4
 
 
+def test_a_policy_that_allows_nothing_never_drafts() -> None:
+    assert drafted_rounds(CostModelLength(0).for_row(StepCosts(1, (0,), (0,))), 0, 40) == [0] * 40
+
+
+def test_thinned_lengths_keep_the_longest_and_are_all_that_is_chosen() -> None:
+    policy = CostModelLength(4, every=3, retry=2)
+    assert list(policy.choices) == [1, 4]
+    row = policy.for_row(CHEAP)
+    chosen = drafted_rounds(row, 1.0, 5) + drafted_rounds(row, 0.0, 60)
+    assert set(chosen) == {0, 1, 4}
+    assert list(FixedLength(3).choices) == [3] and not FixedLength(0).choices
+
+
 def test_rounds_without_a_draft_teach_nothing() -> None:
     row, other = (CostModelLength(4).for_row(CHEAP) for _ in range(2))
     for _ in range(50):
@@ -74,6 +87,7 @@ def test_rounds_without_a_draft_teach_nothing() -> None:
         (lambda: FixedLength(-1), "max_tokens must lie in 0..64, not -1"),
         (lambda: FixedLength(65), "max_tokens must lie in 0..64, not 65"),
         (lambda: CostModelLength(prior=1.0), "prior and decay"),
+        (lambda: CostModelLength(every=0), "every must be at least 1, not 0"),
         (lambda: CostModelLength(retry=0), "retry must be at least 1 round, not 0"),
     ],
 )

@@ -9,10 +9,9 @@ import pytest
 from specstream.drafters import DraftModel, LookupFirst, PromptLookup
 from specstream.generation import AutoregressivePipeline, FixedLength, Limits, SpeculativePipeline
 from specstream.models import PretrainedLM
-from specstream.processors import TextProcessor
 from specstream.structures import Law
 from specstream.verification import TokenRejection
-from tests.toys import Letters, letters, nearby, toy_lm
+from tests.toys import letters, nearby, toy_lm
 
 
 @pytest.fixture(scope="module")
@@ -76,25 +75,3 @@ def test_chat_needs_a_template(target: PretrainedLM) -> None:
     pipeline = AutoregressivePipeline(target, letters(), limits=Limits(4), chat=True)
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
         pipeline.complete(["ab"])
-
-
-def test_a_tokenizer_that_numbers_its_tokens_otherwise_is_refused(
-    target: PretrainedLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    @dataclass
-    class Reversed(Letters):
-        def get_vocab(self) -> dict[str, int]:
-            return {token: 25 - number for token, number in super().get_vocab().items()}
-
-    def loaded(path: str) -> TextProcessor:
-        if path == "none":
-            raise ValueError("no tokenizer")
-        return TextProcessor(Reversed() if path == "other" else Letters())  # type: ignore[arg-type]
-
-    monkeypatch.setattr(TextProcessor, "from_pretrained", loaded)
-    for path in ("same", "none"):
-        letters().check_vocabulary(path)
-    model = nearby(target)
-    model.path = "other"
-    with pytest.raises(ValueError, match="of 'other' is not the target's: token 0 is 'z' there"):
-        SpeculativePipeline(target, DraftModel(target, lambda: model), letters())
