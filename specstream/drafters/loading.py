@@ -55,7 +55,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def load_drafter(folder: Path, target: nn.Module, dtype: str = "auto") -> Drafter:
+def load_drafter(
+    folder: Path, target: nn.Module, dtype: str = "auto", attn_implementation: str = "sdpa"
+) -> Drafter:
     """Build the drafter of `folder` for `target`, its weights in `dtype`.
 
     With `auto`, a draft LM whose weights fit a core's cache computes in float32 on a CPU: products
@@ -66,11 +68,15 @@ def load_drafter(folder: Path, target: nn.Module, dtype: str = "auto") -> Drafte
     block = read_record(folder)["drafter"]
     arguments = dict(block.get("init_args", {}))
     if "model" in arguments:
-        arguments["model"] = lambda: PretrainedLM(str(folder), _draft_dtype(folder, dtype))
+        arguments["model"] = lambda: PretrainedLM(
+            str(folder), _draft_dtype(folder, dtype), attn_implementation
+        )
     module, _, name = str(block["class_path"]).rpartition(".")
-    if module.split(".")[0] != "specstream":
+    known = importlib.import_module("specstream.drafters")
+    build = getattr(known, name, None) if module == known.__name__ else None
+    if build is None:
         raise ValueError(f"{str(folder)!r} names {block['class_path']}, not a specstream drafter")
-    drafter = getattr(importlib.import_module(module), name)(target, **arguments)
+    drafter = build(target, **arguments)
     assert isinstance(drafter, Drafter)
     return drafter.eval().requires_grad_(False)
 

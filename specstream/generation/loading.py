@@ -58,7 +58,9 @@ def load_run(
     path = str(alone) if alone is not None else str(read_record(draft)["target"]["path"])
     return build_pipeline(
         PretrainedLM(path, dtype, attn_implementation),
-        None if alone is not None else lambda target: load_drafter(draft, target, dtype),
+        None
+        if alone is not None
+        else lambda target: load_drafter(draft, target, dtype, attn_implementation),
         sampling=sampling,
         limits=limits,
         verifier=verifier,
