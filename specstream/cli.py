@@ -9,8 +9,8 @@ from collections.abc import Sequence
 def train(arguments: Sequence[str] | None = None) -> int:
     """`python train.py --config X.yaml [--any.key value] [--ckpt_path last] [--overwrite true]`.
 
-    Returns the exit code: 0 done, 1 the run failed in one explained line, 2 the configuration is wrong,
-    130 after Ctrl-C and 143 after SIGTERM, both with `last.ckpt` saved.
+    Returns the exit code: 0 done, 1 the run failed in one explained line, 2 the configuration is
+    wrong, 130 after Ctrl-C and 143 after SIGTERM, both with `last.ckpt` saved.
     """
     quiet_known_noise()
     from specstream.training.command import run_training
@@ -53,16 +53,21 @@ def quiet_known_noise() -> None:
     """
     # torchao tries CUDA libraries at import and reports each that a CPU build lacks
     logging.getLogger("torchao").setLevel(logging.ERROR)
-    # lightning: tips for its own products, and the device table of a run that names its devices anyway
+    # lightning: tips for its own products, and a table of devices that the run names anyway
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # tests and notebooks call train() with arguments while sys.argv has its own
     warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")
     # torchao registers its enums in a way that newer torch no longer needs
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-    # lightning's own leftovers of older torch
+    # the frozen target is meant to be in eval mode
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode.*")
+    # lightning's own leftovers of older torch and jsonargparse
+    warnings.filterwarnings("ignore", message=r"[\s\S]*(Jsona|instantiate_classes`` was deprec)[\s\S]*")
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
-    # its default number of loader processes is a guess about machines: ours is set in the data module
+    # its guess about loader processes: ours are set in the data module
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
     # whether a run folder may be written is decided by our own rules
-    warnings.filterwarnings("ignore", message=r".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings(
+        "ignore", message=r".*Checkpoint directory .* exists and is not empty.*"
+    )

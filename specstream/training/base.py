@@ -97,7 +97,7 @@ class SummedLossModule(L.LightningModule, ABC):
         average_replicated_gradients(self.parameters())
         divide_gradients(self.parameters(), count.float())
         values = {f"train/{name}": (value / count).float() for name, value in means.items()}
-        self.log_dict(values, prog_bar=True)
+        self.log_dict(values)
         self.sums = {}
 
     def configure_gradient_clipping(
@@ -123,7 +123,7 @@ class SummedLossModule(L.LightningModule, ABC):
         for name, mean in self.val_means.items():
             assert isinstance(mean, MeanMetric)
             # torchmetrics has summed over processes; sync_dist only tells Lightning so
-            self.log(f"val/{name}", mean.compute(), prog_bar=name == "loss", sync_dist=True)
+            self.log(f"val/{name}", mean.compute(), sync_dist=True)
             mean.reset()
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -24,6 +23,7 @@ from specstream.training.checkpoints import (
 )
 from specstream.training.history import HistoryLogger, plot_losses
 from specstream.training.model_card import write_model_card
+from specstream.training.progress import StepProgress
 from specstream.training.provenance import write_provenance
 from specstream.training.run_folder import RunFolder, say
 from specstream.training.sharding import is_sharded
@@ -77,8 +77,8 @@ class TrainCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         self.run_folder = RunFolder(Path(self.config["run"]))
-        first_process = rank_zero_only.rank in (None, 0)
-        may_exist = self.config["overwrite"] or not first_process
+        later_process = bool(getattr(rank_zero_only, "rank", None))  # the first one is writing
+        may_exist = self.config["overwrite"] or later_process
         self.resume_from = self.run_folder.open(may_exist, self.config["ckpt_path"])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -94,7 +94,7 @@ class TrainCLI(LightningCLI):
         configured["plugins"] = [*_as_list(configured["plugins"]), writer]
         checkpoint = self._get(self.config_init, "checkpoint")
         keeper = RunCheckpoints(run, writer, checkpoint["every_steps"], checkpoint["every_minutes"])
-        bar = [] if configured["enable_progress_bar"] is False else [RichProgressBar(leave=True)]
+        bar = [] if configured["enable_progress_bar"] is False else [StepProgress()]
         configured["callbacks"] = [*_as_list(configured["callbacks"]), *bar, keeper]
         return super().instantiate_trainer(**kwargs)
 

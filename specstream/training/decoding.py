@@ -85,7 +85,7 @@ class HeldOutDecoding:
             found = acceptance.compute()
             values |= {k: v for k, v in found.items() if not k.startswith("prefix")}
         for name, value in values.items():
-            module.log(f"val/{name}", value.float(), prog_bar=name == "tau", sync_dist=True)
+            module.log(f"val/{name}", value.float(), sync_dist=True)
 
     def _row(
         self, module: DraftModule, prompt: list[int], speculative: Completion, plain: Completion

@@ -95,16 +95,16 @@ def average_replicated_gradients(parameters: Iterable[nn.Parameter]) -> None:
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], largest_norm: float | None) -> Tensor:
     """Scale gradients down to a joint L2 norm of `largest_norm`; return the norm before, ()."""
-    parameters = [p for p in parameters if p.grad is not None]
-    sharded = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
-    whole = [p.grad for p in parameters if not isinstance(p.grad, DTensor)]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    sharded = [g.to_local() for g in gradients if isinstance(g, DTensor)]
+    whole = [g for g in gradients if not isinstance(g, DTensor)]
     square = _square_norm(whole)
     if sharded:
         part = _square_norm(sharded)
         dist.all_reduce(part)
         square = square.to(part.device) + part
     norm = square.sqrt()
-    if largest_norm is not None and parameters:
+    if largest_norm is not None and gradients:
         factor = (largest_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(sharded + whole, factor.to((sharded + whole)[0].device))
     return norm
