@@ -328,6 +328,8 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
         raise ValueError(f"model type {kind!r} is not a causal language model of transformers")
     if config.get_text_config() is not config:
         raise ValueError(f"model type {kind!r} is multimodal; only its language model would do")
+    if "longrope" in _rope_types(config):  # one long row would change all keys of a batch
+        raise ValueError(f"model type {kind!r} uses longrope positions, which are not supported")
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
     if kinds or architecture._is_stateful:
@@ -335,6 +337,12 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
         raise ValueError(f"model type {kind!r} has {found} layers; only attention is supported")
     if not architecture._can_compile_fullgraph:  # transformers' mark of a static cache
         raise ValueError(f"model type {kind!r} does not work with a static key-value cache")
+
+
+def _rope_types(config: PretrainedConfig) -> set[str]:
+    """Return the kinds of rotary positions, of the model or of each kind of its layers."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
 
 
 def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:

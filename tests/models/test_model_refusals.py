@@ -41,6 +41,16 @@ def test_alibi_by_option_is_refused_too() -> None:
         refuse_unsupported(AutoConfig.for_model("falcon", alibi=True))
 
 
+def test_positions_that_change_with_the_longest_row_are_refused() -> None:
+    refuse_unsupported(AutoConfig.for_model("phi3"))
+    factors = [1.0] * 48
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="'phi3' uses longrope positions"):
+        refuse_unsupported(AutoConfig.for_model("phi3", rope_parameters=rope))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     UntrainedLM(16, 16, 24, 1, 2).save(tmp_path / "model")
