@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from specstream.benchmark.methods import Method
 from specstream.benchmark.pair import Pair, Task
 from specstream.benchmark.prompts import gather
@@ -70,6 +72,7 @@ class SpeedStudy(Study):
         repeats: timed runs of every method over all prompts; medians count.
         warmups: blocks of prompts decoded by everyone before anything is timed.
         only_tasks, only_settings: names, to measure a part.
+        limit_prompts: no setting decodes more prompts, for a quick look.
         seed: of the draws.
         dtype: of the weights; auto is bfloat16 where the hardware computes in it.
         device: auto, cpu, cuda or cuda:N.
@@ -83,6 +86,7 @@ class SpeedStudy(Study):
     warmups: int = 2
     only_tasks: list[str] | None = None
     only_settings: list[str] | None = None
+    limit_prompts: int | None = None
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
@@ -90,8 +94,8 @@ class SpeedStudy(Study):
     compile: bool = False
 
     def check(self) -> None:
-        if self.repeats < 1 or self.warmups < 0:
-            raise ValueError("repeats must be at least 1 and warmups at least 0")
+        if self.repeats < 1 or self.warmups < 0 or (self.limit_prompts or 1) < 1:
+            raise ValueError("repeats and limit_prompts must be at least 1 and warmups at least 0")
         names = [task.name for task in self.tasks]
         asked = [*(self.only_tasks or []), *(t for s in self.settings for t in s.tasks or [])]
         for wanted, known, what in (
@@ -120,6 +124,8 @@ class SpeedStudy(Study):
             dtype = str(pair.target.dtype).removeprefix("torch.")
             machine = describe_machine(pair.place, dtype, arguments)
             for setting in self._settings(task):
+                if self.compile:  # the last setting's graphs, each with its packed weights
+                    torch.compiler.reset()
                 rows, complete = self.measure(pair, setting, machine)
                 yield rows
                 if not complete:
@@ -129,7 +135,7 @@ class SpeedStudy(Study):
         """Time one setting on one task; returns its rows and whether all repeats were run."""
         prompts = gather(
             pair.task.prompts,
-            setting.num_prompts,
+            min(setting.num_prompts, self.limit_prompts or setting.num_prompts),
             pair.task.target,
             pair.processor,
             setting.ragged,
