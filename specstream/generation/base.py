@@ -87,6 +87,7 @@ class TextPipeline(Pipeline):
             raise ValueError(f"{len(encoded)} prompts need as many different indices: {numbers}")
         self.stats = self._new_stats()
         self.stats.prompts = len(encoded)
+        self.prepare()
         noise = Noise(0 if seed is None else seed, self.target.device)
         for first in range(0, len(encoded), self.batch_size):
             chosen = slice(first, first + self.batch_size)
@@ -128,6 +129,9 @@ class TextPipeline(Pipeline):
                 f"exceed the target's context of {room}"
             )
         return tokens
+
+    def prepare(self) -> None:
+        """Do what has to be done once before the first run, off the clock."""
 
     @abstractmethod
     def _decode(self, batch: Batch, cache: SlotCache, noise: Noise) -> Iterator[list[Step]]:

@@ -65,9 +65,11 @@ class SpeculativePipeline(TextPipeline):
         self.guarantee = Guarantee.combine([self.verifier.guarantee])
         super().__init__(target, processor, sampling, limits, batch_size, compile, chat)
 
-    def _decode(self, batch: Batch, cache: SlotCache, noise: Noise) -> Iterator[list[Step]]:
+    def prepare(self) -> None:
         if self.lengths.needs_costs and self.costs is None:
             self.costs = stored_costs(self)
+
+    def _decode(self, batch: Batch, cache: SlotCache, noise: Noise) -> Iterator[list[Step]]:
         rows = [self.lengths.for_row(self.costs) for _ in batch.indices]
         state = self.drafter.new_cache(len(rows), cache.capacity)
         while alive := batch.rows:

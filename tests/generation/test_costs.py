@@ -112,6 +112,22 @@ def test_a_folder_that_cannot_be_written_costs_a_measurement_only(
     assert stored_costs(pipeline(target), tmp_path / "file" / "costs") == measured[0]
 
 
+def test_measuring_is_not_on_the_clock(
+    target: PretrainedLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def measure(pipe: SpeculativePipeline) -> StepCosts:
+        now[0] += 1000.0
+        return StepCosts(1.0, (0.0, 1.0, 1.0), (0.0, 1.0, 1.0))
+
+    monkeypatch.setattr("specstream.generation.speculative.stored_costs", measure)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    pipe = pipeline(target)
+    pipe.complete([[1, 2, 3]])
+    assert now == [1000.0] and pipe.stats.seconds == 0
+
+
 def test_a_fixed_length_needs_no_costs(target: PretrainedLM, measured: list[StepCosts]) -> None:
     pipe = SpeculativePipeline(
         target, DraftModel(target, lambda: target), letters(), lengths=FixedLength(1)
