@@ -100,15 +100,15 @@ class Completion:
 
 @dataclass(slots=True)
 class Stats:
-    """Counts of one run, from which every published number is derived (README, "Numbers")."""
+    """Counts of one run, from which every published number is derived (see `metrics`)."""
 
     modality: str
     guarantee: Guarantee
     prompts: int = 0
     elements: int = 0  # tokens committed
     target_calls: int = 0  # sequential target passes after the prefill
-    target_rows: int = 0  # positions those passes evaluated, over all batch rows
-    draft_calls: int = 0  # sequential drafter passes
+    target_rows: int = 0  # positions those passes evaluated, over the rows that still decoded
+    draft_calls: int = 0  # rounds in which the drafter was asked, whatever it found
     seconds: float = 0.0
     tested: list[int] = field(default_factory=list)  # by position: drafts reached by verification
     accepted: list[int] = field(default_factory=list)  # by position: drafts that stood
@@ -140,7 +140,7 @@ class Stats:
 
     @property
     def share_plain(self) -> float | None:
-        """Share of full rounds in which the drafter was not run."""
+        """Share of full rounds in which nothing was drafted: not asked for, or not found."""
         return self.plain_rounds / self.full_rounds if self.full_rounds else None
 
     def as_dict(self) -> dict[str, object]:
