@@ -16,7 +16,7 @@ def quantize(model: nn.Module, method: str) -> None:
     int8_weight_only stores each weight row as int8 with one scale and multiplies in the model's
     own dtype.  In eager mode on a CPU it is slower than bfloat16: it pays compiled, or on a GPU.
     Embeddings, norms and a head tied to the embeddings stay as they are.  Raises ValueError for
-    an unknown method.
+    an unknown method, and for a model that has nothing to convert.
     """
     if method not in METHODS:
         raise ValueError(f"quantize {method!r} is not one of {', '.join(METHODS)}")
@@ -30,6 +30,10 @@ def quantize(model: nn.Module, method: str) -> None:
         return isinstance(module, nn.Linear) and id(module.weight) not in tied
 
     linear = [m for name, m in model.named_modules() if convertible(m, name)]
+    if not linear:
+        raise ValueError(
+            f"quantize {method!r}: {type(model).__name__} has no linear layer to convert"
+        )
     total = sum(p.numel() for p in model.parameters())
     weights = sum(m.weight.numel() for m in linear)
     quantize_(model, Int8WeightOnlyConfig(), filter_fn=convertible)

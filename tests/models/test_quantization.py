@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from specstream.drafters import DraftModel
+from specstream.drafters import DraftModel, PromptLookup
 from specstream.generation import (
     AutoregressivePipeline,
     FixedLength,
@@ -98,3 +98,8 @@ def test_an_unknown_method_is_refused(plain: PretrainedLM) -> None:
         quantize(plain, "int4")
     quantize(plain, "none")
     assert quantization_report(plain) is None
+
+
+def test_a_model_without_a_linear_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match="PromptLookup has no linear layer to convert"):
+        quantize(PromptLookup(), "int8_weight_only")
