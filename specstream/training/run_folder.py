@@ -65,7 +65,10 @@ class RunFolder:
         for name in WRITTEN_FILES:
             (self.path / name).unlink(missing_ok=True)
         for checkpoint in self.path.glob("*.ckpt*"):
-            checkpoint.unlink()
+            if checkpoint.is_dir():  # of a sharded model
+                shutil.rmtree(checkpoint)
+            else:
+                checkpoint.unlink()
         for name in WRITTEN_FOLDERS:
             shutil.rmtree(self.path / name, ignore_errors=True)
 

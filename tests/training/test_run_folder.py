@@ -39,6 +39,8 @@ def test_resuming_is_not_overwriting(old_run: RunFolder) -> None:
 
 def test_overwriting_removes_what_a_run_wrote_and_nothing_else(old_run: RunFolder) -> None:
     assert old_run.open(overwrite=True, ckpt_path=None) is None
+    (old_run.best).mkdir()  # as of a sharded model
+    (old_run.best / "shard").touch()
     old_run.clear()
     assert [file.name for file in old_run.path.iterdir()] == ["notes.txt"]
 
