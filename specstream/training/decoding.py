@@ -75,15 +75,16 @@ class HeldOutDecoding:
     ) -> None:
         stats, device = speculative.stats, module.device
         acceptance = Acceptance(self.num_drafted).to(device)
-        if stats.tested:
-            acceptance.update(torch.tensor(stats.tested), torch.tensor(stats.accepted))
+        tested, accepted = (
+            torch.tensor(n, dtype=torch.long) for n in (stats.tested, stats.accepted)
+        )
+        acceptance.update(tested, accepted)  # of no prompts too: `compute` waits for every process
         tau, speedup = AcceptedLength().to(device), Speedup().to(device)
         tau.update(stats.full_committed, stats.full_rounds)
         speedup.update(plain.stats.seconds, stats.seconds)
         values = {"tau": tau.compute(), "speedup": speedup.compute()}
-        if stats.tested:
-            found = acceptance.compute()
-            values |= {k: v for k, v in found.items() if not k.startswith("prefix")}
+        found = acceptance.compute()
+        values |= {k: v for k, v in found.items() if not k.startswith("prefix")}
         for name, value in values.items():
             module.log(f"val/{name}", value.float(), sync_dist=True)
 
