@@ -13,7 +13,9 @@ from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
-GRAPHS = 64  # shapes kept for one function: views x draft lengths x batch sizes
+# Graphs kept for one function, over all pipelines of the process: capacities x views x draft
+# lengths x batch sizes x samplings.  Without graph breaks one more is an error, amid a run.
+GRAPHS = 1024
 
 
 def compile_shapes(function: Callable[P, R]) -> Callable[P, R]:
