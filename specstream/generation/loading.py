@@ -157,19 +157,41 @@ def check_tokenizers(target: PretrainedLM, processor: TextProcessor, drafter: Dr
             continue
         if not _has_tokenizer(model.path) or _same_tokenizer_file(model.path, target.path):
             continue
-        own = TextProcessor.from_pretrained(model.path).tokenizer.get_vocab()
-        names = {index: name for name, index in own.items()}
-        shared = [
-            (index, name, names[index])
-            for name, index in processor.tokenizer.get_vocab().items()
-            if names.get(index, name) != name
-        ]
-        if shared:
-            index, name, other = min(shared)
+        conflict = _first_conflict(model.path, processor)
+        if conflict is not None:
+            index, name, other = conflict
             raise ValueError(
                 f"drafter {model.path!r} and target {target.path!r} have different tokenizers: "
                 f"token {index} is {other!r} for the drafter and {name!r} for the target"
             )
+
+
+def check_data_tokenizer(target: PretrainedLM, processor: TextProcessor) -> None:
+    """Raise ValueError where the data's tokenizer means another text by one of the target's ids.
+
+    A target that carries no tokenizer is taken at its word.
+    """
+    if not target.path or not _has_tokenizer(target.path):
+        return
+    conflict = _first_conflict(target.path, processor)
+    if conflict is not None:
+        index, name, other = conflict
+        raise ValueError(
+            f"the data's tokenizer is not that of target {target.path!r}: token {index} is "
+            f"{name!r} in the data and {other!r} for the target"
+        )
+
+
+def _first_conflict(path: str, processor: TextProcessor) -> tuple[int, str, str] | None:
+    """Return the lowest id that differs, its text for `processor` and for the model at `path`."""
+    own = TextProcessor.from_pretrained(path).tokenizer.get_vocab()
+    names = {index: name for name, index in own.items()}
+    shared = [
+        (index, name, names[index])
+        for name, index in processor.tokenizer.get_vocab().items()
+        if names.get(index, name) != name
+    ]
+    return min(shared, default=None)
 
 
 def _has_tokenizer(path: str) -> bool:

@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from specstream.drafters import Drafter
 from specstream.drafters.loading import save_drafter
 from specstream.generation import DraftLength, Limits, SpeculativePipeline
+from specstream.generation.loading import check_data_tokenizer, check_tokenizers
 from specstream.models.pretrained_lm import PretrainedLM
 from specstream.processors import TextProcessor
 from specstream.sampling import Sampling
@@ -101,7 +102,9 @@ class DraftModule(SummedLossModule, ABC):
                 f"the data's tokenizer has {size} tokens, the target a vocabulary of "
                 f"{self.target.vocab_size}: use the target's own tokenizer"
             )
+        check_data_tokenizer(self.target, self.processor)
         self.drafter.check_target(self.target, self.processor)
+        check_tokenizers(self.target, self.processor, self.drafter)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

@@ -51,6 +51,15 @@ class LanguageModelingModule(SummedLossModule):
         shard_layers(model, self.device_mesh)
         self.model = model.train()
 
+    def on_fit_start(self) -> None:
+        assert self.model is not None
+        size = len(self.trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
+        if size > self.model.vocab_size:
+            raise ValueError(
+                f"the data's tokenizer has {size} tokens, the model a vocabulary of "
+                f"{self.model.vocab_size}"
+            )
+
     def loss(self, batch: Batch) -> LossSum:
         assert self.model is not None
         tokens, mask = batch["input_ids"], batch["loss_mask"][:, 1:]

@@ -19,7 +19,7 @@ from specstream.generation import (
     SpeculativePipeline,
     TextPipeline,
 )
-from specstream.generation.loading import build_pipeline
+from specstream.generation.loading import build_pipeline, check_data_tokenizer
 from specstream.models import PretrainedLM
 from specstream.processors import TextProcessor
 from specstream.sampling import Sampling
@@ -164,6 +164,13 @@ def test_vocabularies_of_different_size_are_refused(tmp_path: Path, target: Path
     tiny_lm(vocab_size=320).save(tmp_path / "wide", processor().tokenizer)
     with pytest.raises(ValueError, match="drafter has a vocabulary of 320, target one of 300"):
         _spelled_out(target, tmp_path / "wide")
+
+
+def test_data_in_another_tokenizers_tokens_are_refused(tmp_path: Path, target: Path) -> None:
+    lm = PretrainedLM(str(target))
+    check_data_tokenizer(lm, processor())
+    with pytest.raises(ValueError, match=r"not that of target .* token \d+ is .* in the data"):
+        check_data_tokenizer(lm, processor(OTHER_TEXTS))
 
 
 def test_other_tokens_behind_the_same_ids_are_refused(tmp_path: Path, target: Path) -> None:

@@ -133,3 +133,14 @@ def test_what_cannot_be_distilled_is_refused(drafter: Any, message: str) -> None
 def test_a_model_that_is_no_language_model_is_refused() -> None:
     with pytest.raises(ValueError, match="causal language model, not Linear"):
         LanguageModelingModule(lambda: torch.nn.Linear(1, 1)).configure_model()
+
+
+def test_data_of_more_tokens_than_the_language_model_has_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = LanguageModelingModule(small)
+    trained.configure_model()
+    data = SimpleNamespace(tokenizer=range(51))
+    monkeypatch.setattr(LanguageModelingModule, "trainer", SimpleNamespace(datamodule=data))
+    with pytest.raises(ValueError, match="tokenizer has 51 tokens, the model a vocabulary of 50"):
+        trained.on_fit_start()
