@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-VIEW_STEP = 128  # slots; views are rounded up to it, so that shapes recur
+VIEW_STEP = 256  # slots; views are rounded up to it, so that shapes recur and few are compiled
 
 
 class SlotLayer(CacheLayerMixin):
