@@ -11,8 +11,9 @@ from torch import nn
 from torch.optim import AdamW
 
 from specstream.divergences import Divergence, ForwardKL, TotalVariation, chunked_divergence
-from specstream.drafters import DraftModel
+from specstream.drafters import Drafter, DraftModel
 from specstream.generation import AutoregressivePipeline, FixedLength, Limits, TextPipeline
+from specstream.models.pretrained_lm import PretrainedLM
 from specstream.sampling import Sampling
 from specstream.training.base import Batch, LossSum
 from specstream.training.decoding import HeldOutDecoding
@@ -35,8 +36,8 @@ class DistillationModule(DraftModule):
 
     def __init__(
         self,
-        drafter: Callable[[nn.Module], nn.Module],
-        target: Callable[[], nn.Module],
+        drafter: Callable[[nn.Module], Drafter],
+        target: Callable[[], PretrainedLM],
         divergence: Divergence | None = None,
         on_policy_fraction: float = 0.0,
         on_policy_source: Literal["drafter", "target"] = "drafter",

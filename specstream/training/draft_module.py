@@ -33,8 +33,8 @@ class DraftModule(SummedLossModule, ABC):
 
     def __init__(
         self,
-        drafter: Callable[[nn.Module], nn.Module],
-        target: Callable[[], nn.Module],
+        drafter: Callable[[nn.Module], Drafter],
+        target: Callable[[], PretrainedLM],
         optimizer: OptimizerCallable = AdamW,
         schedule: Schedule | None = None,
         decoding: HeldOutDecoding | None = None,

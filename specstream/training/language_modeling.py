@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW
 
 from specstream.divergences import CrossEntropy, chunked_divergence
@@ -27,7 +27,7 @@ class LanguageModelingModule(SummedLossModule):
 
     def __init__(
         self,
-        model: Callable[[], nn.Module],
+        model: Callable[[], PretrainedLM],
         optimizer: OptimizerCallable = AdamW,
         schedule: Schedule | None = None,
         chunk_tokens: int = 1024,

@@ -132,7 +132,7 @@ def test_what_cannot_be_distilled_is_refused(drafter: Any, message: str) -> None
 
 def test_a_model_that_is_no_language_model_is_refused() -> None:
     with pytest.raises(ValueError, match="causal language model, not Linear"):
-        LanguageModelingModule(lambda: torch.nn.Linear(1, 1)).configure_model()
+        LanguageModelingModule(lambda: torch.nn.Linear(1, 1)).configure_model()  # type: ignore
 
 
 def test_data_of_more_tokens_than_the_language_model_has_are_refused(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,17 +30,28 @@ SHARDED = {
 
 
 def run_two(config: str) -> None:
-    """Run train.py as a user would: the trainer starts the second process itself."""
-    environment = os.environ | {"MASTER_PORT": str(20000 + os.getpid() % 20000)}
-    done = subprocess.run(
-        [sys.executable, "train.py", "--config", config],
+    """Run train.py as a user would: the trainer starts the second process itself.
+
+    If they wait for each other for ever, both are aborted and say where they stand.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-X", "faulthandler", "train.py", "--config", config],
         cwd=ROOT,
-        env=environment,
-        capture_output=True,
+        env=os.environ | {"MASTER_PORT": str(port), "PYTHONFAULTHANDLER": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    try:
+        output, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)
+        output, _ = process.communicate()
+    assert process.returncode == 0, output[-8000:]
 
 
 def halve_the_batch(config: str) -> None:
@@ -57,8 +70,8 @@ def test_two_processes_equal_one_with_the_same_global_batch(
     write_config: Callable[..., str],
     distillation: dict[str, Any],
 ) -> None:
-    distillation["init_args"]["decoding"] = {"num_prompts": 3, "max_new_tokens": 4}
-    more = {"accumulate_grad_batches": 2, "max_steps": 3}
+    distillation["init_args"]["decoding"] = {"num_prompts": 3, "max_new_tokens": 3}
+    more: dict[str, Any] = {"accumulate_grad_batches": 2, "max_steps": 3, "val_check_interval": 6}
     assert train(["--config", write_config("one", distillation, **more)]) == 0
     two = write_config("two", distillation, **more, devices=2, strategy=strategy)
     halve_the_batch(two)

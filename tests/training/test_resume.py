@@ -75,7 +75,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
 ) -> None:
     distillation["init_args"] |= {"on_policy_fraction": 0.5, "on_policy_tokens": 4}
     distillation["init_args"]["decoding"] = {"num_prompts": 1, "max_new_tokens": 4}
-    more = {"callbacks": [AVERAGING]} if averaged else {}
+    more: dict[str, Any] = {"callbacks": [AVERAGING]} if averaged else {}
     more |= {"max_steps": 6, "accumulate_grad_batches": 2, "val_check_interval": 4}
     whole = write_config("whole", distillation, **more)
     assert train(["--config", whole]) == 0
