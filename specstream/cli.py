@@ -63,7 +63,9 @@ def quiet_known_noise() -> None:
     # the frozen target is meant to be in eval mode
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode.*")
     # lightning's own leftovers of older torch and jsonargparse
-    warnings.filterwarnings("ignore", message=r"[\s\S]*(Jsona|instantiate_classes`` was deprec)[\s\S]*")
+    warnings.filterwarnings(
+        "ignore", message=r"[\s\S]*(Jsona|instantiate_classes`` was deprec)[\s\S]*"
+    )
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
     # its guess about loader processes: ours are set in the data module
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
