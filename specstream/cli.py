@@ -13,12 +13,15 @@ def train(arguments: Sequence[str] | None = None) -> int:
     wrong, 130 after Ctrl-C and 143 after SIGTERM, both with `last.ckpt` saved.
     """
     quiet_known_noise()
-    from specstream.training.command import run_training
-
     try:
+        from specstream.training.command import run_training
+
         return run_training(list(sys.argv[1:] if arguments is None else arguments))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return report(error)
+    except KeyboardInterrupt:
+        print("interrupted before anything was trained", file=sys.stderr)
+        return 130
 
 
 def generate(arguments: Sequence[str] | None = None) -> int:

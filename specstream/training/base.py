@@ -8,6 +8,7 @@ numbers of scored tokens, give the very gradient of one large batch.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ class SummedLossModule(L.LightningModule, ABC):
         self.build_optimizer = optimizer
         self.schedule = schedule if schedule is not None else WarmupCosine()
         self.sums: dict[str, Tensor] = {}
+        self.step_began = time.perf_counter()
         self.val_means = torch.nn.ModuleDict()
         self.strict_loading = False  # frozen tensors are not in checkpoints: see on_load_checkpoint
 
@@ -97,8 +99,19 @@ class SummedLossModule(L.LightningModule, ABC):
         average_replicated_gradients(self.parameters())
         divide_gradients(self.parameters(), count.float())
         values = {f"train/{name}": (value / count).float() for name, value in means.items()}
-        self.log_dict(values)
-        self.sums = {}
+        values["train/learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
+        now = time.perf_counter()
+        values["train/tokens_per_second"] = (
+            count * self.trainer.world_size / (now - self.step_began)
+        )
+        self.log_dict({name: value.float() for name, value in values.items()})
+        self.sums, self.step_began = {}, now
+
+    def on_train_epoch_start(self) -> None:
+        self.step_began = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        self.step_began = time.perf_counter()  # validation is not counted as training
 
     def configure_gradient_clipping(
         self,

@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from specstream.training.run_folder import say
+
 
 class HistoryLogger(Logger):
     """Appends one JSON object to `metrics.jsonl` each time metrics are logged.
@@ -21,6 +23,7 @@ class HistoryLogger(Logger):
         super().__init__()
         self.path = run / "metrics.jsonl"
         self.start = time.monotonic()
+        self.unwritten: list[str] = []
 
     @property
     def name(self) -> str:
@@ -44,9 +47,15 @@ class HistoryLogger(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {"step": step, "seconds": round(time.monotonic() - self.start, 2)}
         row |= {name: float(f"{value:.6g}") for name, value in metrics.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self.unwritten.append(json.dumps(row) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.writelines(self.unwritten)
+            self.unwritten = []
+        except OSError as error:  # a full disk: keep the rows, and the training, going
+            if len(self.unwritten) == 1:
+                say(f"could not write {self.path}: {error.strerror}; will try again")
 
     @rank_zero_only
     def forget_from(self, step: int) -> None:

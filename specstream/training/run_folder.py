@@ -10,6 +10,7 @@ A run that exists is refused, unless it is resumed or `--overwrite true` is give
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,10 @@ class RunFolder:
         """Apply the rules; returns the checkpoint to resume from, or None to start anew.
 
         `ckpt_path` is `last`, `best` or the path of a checkpoint.  Creates and removes nothing.
-        Raises ValueError when the run exists and neither resuming nor overwriting was asked for,
-        or when the checkpoint to resume from does not exist.
+        Raises ValueError when no run can be written here, when the run exists and neither resuming
+        nor overwriting was asked for, or when the checkpoint to resume from does not exist.
         """
+        self.check_place()
         if ckpt_path is not None:
             checkpoint = {"last": self.last, "best": self.best}.get(ckpt_path, Path(ckpt_path))
             if not checkpoint.exists():
@@ -59,6 +61,23 @@ class RunFolder:
                 "--overwrite true to replace it, or --run another folder"
             )
         return None
+
+    def check_place(self) -> None:
+        """Raise ValueError for a path that is not a run's own folder, or cannot become one."""
+        try:
+            place, here = self.path.resolve(), Path.cwd()
+            if place == here or place in here.parents or place == Path(place.anchor):
+                raise ValueError(
+                    f"run: '{self.path}' is the working directory or holds it; give a folder of "
+                    "its own, like checkpoints/<name>"
+                )
+            present = next(path for path in (place, *place.parents) if path.exists())
+        except OSError as error:  # a name too long, a folder that may not be entered
+            raise ValueError(f"run: '{self.path}' cannot be used: {error.strerror}") from error
+        if not present.is_dir():
+            raise ValueError(f"run: '{self.path}' cannot be a folder: {present} is a file")
+        if not os.access(present, os.W_OK | os.X_OK):
+            raise ValueError(f"run: '{self.path}' cannot be written: no permission in {present}")
 
     def clear(self) -> None:
         """Remove what an earlier run wrote, and nothing else."""

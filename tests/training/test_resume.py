@@ -58,7 +58,7 @@ def assert_equal(one: Any, other: Any) -> None:
 
 def metrics(run: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = {"seconds", "val/speedup"}
+    timed = {"seconds", "val/speedup", "train/tokens_per_second"}
     return [{k: v for k, v in row.items() if k not in timed} for row in rows]
 
 

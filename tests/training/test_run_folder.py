@@ -50,6 +50,32 @@ def test_a_folder_with_other_files_is_no_run(tmp_path: Path) -> None:
     assert not RunFolder(tmp_path).exists()
 
 
+@pytest.mark.parametrize("place", ["", ".", "..", "/", "../../"])
+def test_a_run_is_not_the_working_directory_nor_around_it(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is the working directory or holds it; give a folder"):
+        RunFolder(Path(place)).open(overwrite=True, ckpt_path=None)
+
+
+def test_a_run_is_no_file_and_not_below_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=f"cannot be a folder: {tmp_path}/file is a file"):
+            RunFolder(path).open(overwrite=True, ckpt_path=None)
+
+
+def test_a_run_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="cannot be used: File name too long"):
+        RunFolder(tmp_path / ("long" * 100)).open(overwrite=False, ckpt_path=None)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ValueError, match=f"cannot be written: no permission in {tmp_path}"):
+        RunFolder(tmp_path / "a" / "b").open(overwrite=False, ckpt_path=None)
+
+
 def test_provenance_does_without_git_and_keeps_the_first_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
