@@ -5,6 +5,7 @@ Only this file knows a tokenizer while decoding.  It does not know models or pro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -13,12 +14,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 REPLACEMENT = "\ufffd"  # what an unfinished multi-byte character decodes to
+MODEL_FILES = ("generation_config.json", "config.json")  # both may name ends of sequence
 
 
 class TextProcessor:
     """Turns prompts into token ids and committed ids into text.
 
-    `eos_ids` end a row; they are the tokenizer's end of sequence unless given.
+    `eos_ids` end a row; they are the tokenizer's end of sequence unless given.  `from_pretrained`
+    adds those that the model's own files name: a chat model often has several.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class TextProcessor:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"no tokenizer could be loaded from {path!r}: {reason}") from error
-        return cls(tokenizer)
+        return cls(tokenizer, sorted(cls(tokenizer).eos_ids | model_eos_ids(path)))
 
     def encode(self, prompt: str | Sequence[int], chat: bool = False) -> list[int]:
         """Return a prompt's token ids; ids pass, `chat` applies the tokenizer's template."""
@@ -62,6 +65,31 @@ class TextProcessor:
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files beside a model."""
         self.tokenizer.save_pretrained(folder)
+
+
+def model_eos_ids(path: str) -> frozenset[int]:
+    """Return the ends of sequence that the files of a folder or hub model name; none is no error.
+
+    The files are read as they are, because the config classes of `transformers` fill in defaults.
+    """
+    from transformers.utils import cached_file
+
+    found: set[int] = set()
+    for name in MODEL_FILES:
+        file = cached_file(
+            path,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is None:
+            continue
+        try:
+            ids = json.loads(Path(file).read_text()).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{name} of {path!r} is damaged: {error}") from error
+        found |= {ids} if isinstance(ids, int) else set(ids or ())
+    return frozenset(found)
 
 
 class TextStream:

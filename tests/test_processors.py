@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -156,6 +157,21 @@ def test_a_saved_tokenizer_is_loaded_again(tmp_path: Path, words: TextProcessor)
     words.save(tmp_path)
     again = TextProcessor.from_pretrained(str(tmp_path))
     assert again.encode(TEXT) == words.encode(TEXT) and again.eos_ids == words.eos_ids
+
+
+def test_a_models_own_files_add_their_ends_of_sequence(
+    tmp_path: Path, words: TextProcessor
+) -> None:
+    words.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    assert TextProcessor.from_pretrained(str(tmp_path)).eos_ids == {0, 5, 6, 7}
+    (tmp_path / "generation_config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None}))
+    assert TextProcessor.from_pretrained(str(tmp_path)).eos_ids == {0}
+    (tmp_path / "generation_config.json").write_text('{"eos_token')
+    with pytest.raises(ValueError, match=r"generation_config\.json of .* is damaged"):
+        TextProcessor.from_pretrained(str(tmp_path))
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut off"])

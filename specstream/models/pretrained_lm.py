@@ -179,6 +179,8 @@ class PretrainedLM(nn.Module):
             "dtype": "bfloat16",
             "architectures": [type(self.model).__name__],
         }
+        if tokenizer is not None and config.get("eos_token_id") is None:
+            config["eos_token_id"] = tokenizer.eos_token_id
         weights = save(
             {name: tensor.contiguous().cpu() for name, tensor in state.items()},
             metadata={"format": "pt"},
@@ -229,8 +231,8 @@ class UntrainedLM(PretrainedLM):
                 head_dim=hidden_size // num_heads,
                 max_position_embeddings=max_positions,
                 tie_word_embeddings=tie_embeddings,
-                bos_token_id=0,
-                eos_token_id=0,
+                bos_token_id=None,  # the tokenizer's, which is not known here; `save` adds its end
+                eos_token_id=None,
             )
         except ValueError as error:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,16 @@ def test_an_untrained_model_is_drawn_from_its_seed_alone() -> None:
     state = torch.get_rng_state()
     assert torch.equal(first, weights(4)) and not torch.equal(first, weights(5))
     assert torch.equal(state, torch.get_rng_state()), "the global generator is left alone"
+
+
+def test_a_saved_model_names_the_end_of_its_tokenizer_and_else_none(tmp_path: Path) -> None:
+    from specstream.data.tokenizer import train_tokenizer
+
+    lm = UntrainedLM(300, 16, 24, 1, 2)
+    for name, tokenizer in (("bare", None), ("whole", train_tokenizer(["text"], 257))):
+        lm.save(tmp_path / name, tokenizer)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["eos_token_id"] == (None if tokenizer is None else 0)
 
 
 def test_a_dtype_has_a_name() -> None:
