@@ -117,15 +117,17 @@ def _synchronize() -> None:
 
 def _key(pipeline: SpeculativePipeline) -> str:
     """Identify what the times depend on: both models, how they run, and the machine."""
-    device = pipeline.target.device
+    device, target, drafter = pipeline.target.device, pipeline.target, pipeline.drafter
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     parts = (
-        pipeline.target.path,
-        *(sum(p.numel() for p in m.parameters()) for m in (pipeline.target, pipeline.drafter)),
-        type(pipeline.drafter).__name__,
+        target.path,
+        *(sum(p.numel() for p in model.parameters()) for model in (target, drafter)),
+        type(drafter).__name__,
         type(pipeline.verifier).__name__,
-        pipeline.target.dtype,
-        pipeline.target.config._attn_implementation,
+        target.dtype,
+        sorted({str(p.dtype) for p in drafter.parameters()}),
+        target.config._attn_implementation,
+        pipeline.sampling,  # top-p sorts, a penalty keeps history
         pipeline.stats.quantized,
         pipeline.batch_size,
         pipeline.compiled,

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import specstream.generation.costs as costs_module
 from specstream.drafters import DraftModel, PromptLookup
 from specstream.generation import CostModelLength, FixedLength, SpeculativePipeline, StepCosts
 from specstream.generation.costs import measure_costs, stored_costs
 from specstream.models import PretrainedLM
+from specstream.sampling import Sampling
 from tests.toys import letters, toy_lm
 
 
@@ -81,6 +83,22 @@ def test_another_pair_batch_or_length_is_measured_for_itself(
     stored_costs(pipeline(target, batch_size=2), tmp_path)
     stored_costs(pipeline(toy_lm(100, num_layers=2)), tmp_path)
     assert len(measured) == 4 and len(list(tmp_path.iterdir())) == 4
+
+
+def test_another_law_or_dtype_of_the_drafter_is_measured_for_itself(
+    target: PretrainedLM, tmp_path: Path, measured: list[StepCosts]
+) -> None:
+    def build(sampling: Sampling, dtype: torch.dtype) -> SpeculativePipeline:
+        drafter = DraftModel(target, lambda: toy_lm(100).to(dtype))
+        return SpeculativePipeline(
+            target, drafter, letters(), lengths=CostModelLength(2), sampling=sampling
+        )
+
+    for sampling in (Sampling(), Sampling(top_p=0.9), Sampling(temperature=0.0), Sampling()):
+        stored_costs(build(sampling, torch.float32), tmp_path)
+    assert len(measured) == 3
+    stored_costs(build(Sampling(), torch.bfloat16), tmp_path)
+    assert len(measured) == 4
 
 
 DAMAGED = {
