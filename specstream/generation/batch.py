@@ -141,7 +141,11 @@ class Batch:
         return min([*cuts, stopped]) if stopped is not None else min(cuts, default=None)
 
     def _count(self, outcome: Outcome) -> None:
-        """Count a round that nothing cut short: its outcome had no part in counting it."""
+        """Count a round of which every token was kept.
+
+        One that an end cut short, or that drafted less because of the limit, is left out; one
+        whose very last token ends the row is counted.
+        """
         stats, drafted, accepted = self.stats, outcome.drafted, outcome.accepted
         stats.full_rounds += 1
         stats.full_committed += accepted + 1

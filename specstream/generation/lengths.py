@@ -91,7 +91,7 @@ class CostModelLength(DraftLength):
     et al. 2023, eq. 1) in the seconds that were measured for this pair of models.  `prior` is the
     acceptance assumed at a row's start with the weight of `prior_tokens` observations; history
     decays by `decay` a round.  A row that stopped drafting tries again after `retry` rounds, then
-    after twice as many each time it fails.  `every` thins the lengths out, from `max_tokens` down:
+    after twice as many each time it fails, until drafting pays again.  `every` thins the lengths out, from `max_tokens` down:
     each one costs a measurement, and a compilation where passes are compiled.
     """
 
@@ -133,7 +133,7 @@ class _CostModelRow(RowLength):
     def choose(self) -> int:
         best = best_length(self.accepted / self.tested, self.costs, self.policy.choices)
         if best or not self.policy.choices:
-            self.wait = 0
+            self.wait, self.patience = 0, self.policy.retry
             return best
         if self.wait == 0:  # the last try failed, or the costs forbid drafting from the start
             self.wait, self.patience = self.patience, 2 * self.patience

@@ -61,6 +61,15 @@ def test_a_drafter_that_turns_useless_is_dropped_and_one_that_recovers_comes_bac
     assert drafted_rounds(row, 1.0, 200)[-1] == 4
 
 
+def test_after_a_drafter_came_back_its_next_failure_is_retried_as_soon_as_the_first() -> None:
+    row = CostModelLength(4, retry=4).for_row(CHEAP)
+    drafted_rounds(row, 0.0, 100)
+    drafted_rounds(row, 1.0, 200)
+    again = drafted_rounds(row, 0.0, 60)
+    first = again.index(0)
+    assert again[first : first + 5] == [0, 0, 0, 0, 1]
+
+
 def test_a_policy_that_allows_nothing_never_drafts() -> None:
     assert drafted_rounds(CostModelLength(0).for_row(StepCosts(1, (0,), (0,))), 0, 40) == [0] * 40
 
