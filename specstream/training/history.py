@@ -1,6 +1,7 @@
 """The metrics of a run as JSON lines in its folder, and their plot."""
 
 import json
+import os
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -62,13 +63,31 @@ class HistoryLogger(Logger):
         """Drop the rows from `step` on: a resumed run does those steps again."""
         if not self.path.exists():
             return
-        rows = [row for row in self.path.read_text().splitlines() if json.loads(row)["step"] < step]
-        self.path.write_text("".join(f"{row}\n" for row in rows))
+        rows = [row for row in read_history(self.path) if row["step"] < step]
+        part = self.path.with_name(self.path.name + ".part")
+        part.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        os.replace(part, self.path)
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    """Rows of a `metrics.jsonl`, in the order they were written."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Rows of a `metrics.jsonl`, in the order they were written; none where nothing was logged.
+
+    A last line that a crash left half written is dropped.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    if not _is_json(lines[-1]):  # empty where the last line was ended
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def plot_losses(history: Path, picture: Path) -> None:
@@ -87,6 +106,7 @@ def plot_losses(history: Path, picture: Path) -> None:
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(picture)
     plt.close(figure)

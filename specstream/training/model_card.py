@@ -42,6 +42,8 @@ def _results(rows: list[dict[str, float]]) -> str:
         last |= {
             name: (value, row["step"]) for name, value in row.items() if name.endswith("/loss")
         }
+    if not last:
+        return "No loss was logged.\n"
     lines = [
         f"| {name} | {value:.4f} | {step:.0f} |" for name, (value, step) in sorted(last.items())
     ]
