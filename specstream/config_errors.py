@@ -68,6 +68,8 @@ def explain(message: str, class_name: str | None, options: list[str]) -> tuple[s
         return not_accepted(f"{found[1]}.{found[2]}", class_name, options)
     if found := re.search(r"unrecognized arguments: -*(\S+)", message):
         return not_accepted(found[1].split("=")[0], class_name, options)
+    if found := re.search(r"argument --(\S+): expected one argument", message):
+        return found[1], f"needs a value: --{found[1]} VALUE"
     if found := re.search(r"arguments are required: (.+)", message):
         owner = f" of {class_name}" if class_name else ""
         return "", f"required{owner} and not given: {found[1]}"

@@ -44,9 +44,16 @@ class TextProcessor:
         return cls(tokenizer, sorted(cls(tokenizer).eos_ids | model_eos_ids(path)))
 
     def encode(self, prompt: str | Sequence[int], chat: bool = False) -> list[int]:
-        """Return a prompt's token ids; ids pass, `chat` applies the tokenizer's template."""
+        """Return a prompt's token ids; ids pass, `chat` applies the tokenizer's template.
+
+        Raises ValueError for a lone surrogate, and for `chat` without a template.
+        """
         if not isinstance(prompt, str):
             return list(prompt)
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8
+            raise ValueError(f"a prompt is no text: {error.reason} in {prompt[:40]!r}") from error
         if not chat:
             return cast("list[int]", self.tokenizer(prompt)["input_ids"])
         if self.tokenizer.chat_template is None:

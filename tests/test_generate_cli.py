@@ -261,6 +261,39 @@ def test_an_output_is_replaced_only_when_asked(folder: Path, tmp_path: Path) -> 
     assert len(_rows(output)) == 1
 
 
+@pytest.mark.parametrize("name", ["output", "stats"])
+def test_a_file_that_is_read_is_never_replaced(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    prompts = (folder / "prompts.jsonl").read_text()
+    (tmp_path / "link.jsonl").symlink_to(folder / "prompts.jsonl")
+    link = str(tmp_path / "link.jsonl")
+    options = _many(folder, tmp_path / "o.jsonl", "--overwrite", "true", f"--{name}", link)
+    assert generate(options) == 2
+    assert capsys.readouterr().err == (
+        f"config error: {name}: '{link}' is the file of --prompts, which it would replace\n"
+    )
+    assert (folder / "prompts.jsonl").read_text() == prompts
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "found"), [("cpu", 0, "4 CPU cores"), ("cuda", 2, "2 GPUs")]
+)
+def test_more_devices_than_there_are_is_one_line(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    num_gpus: int,
+    found: str,
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    assert generate(_many(folder, tmp_path / "o", "--device", device, "--devices", "5")) == 2
+    assert capsys.readouterr().err == f"config error: devices: 5 asked for, {found} found\n"
+
+
 MISTAKES = {
     "--promt x": "config error: option 'promt' is not accepted; did you mean 'prompt'?",
     "--max_new_tokens ten": "config error: max_new_tokens: expected int, got 'ten'",
@@ -284,6 +317,9 @@ MISTAKES = {
     "--run checkpoints/nope": "error: no run folder at 'checkpoints/nope'",
     "--max_new_tokens 900": "error: a prompt of 6 tokens and 900 new ones exceed the target's"
     " context of 256",
+    "--run": "config error: run: needs a value: --run VALUE",
+    "--run=": "config error: run: needs a value: --run checkpoints/NAME",
+    "--prompt \udcff": "error: a prompt is no text: surrogates not allowed in '\\udcff'",
     "--chat true": "error: chat is on, but the tokenizer has no chat template",
 }
 

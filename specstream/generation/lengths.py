@@ -91,8 +91,9 @@ class CostModelLength(DraftLength):
     et al. 2023, eq. 1) in the seconds that were measured for this pair of models.  `prior` is the
     acceptance assumed at a row's start with the weight of `prior_tokens` observations; history
     decays by `decay` a round.  A row that stopped drafting tries again after `retry` rounds, then
-    after twice as many each time it fails, until drafting pays again.  `every` thins the lengths out, from `max_tokens` down:
-    each one costs a measurement, and a compilation where passes are compiled.
+    after twice as many each time it fails, until drafting pays again.  `every` thins the lengths
+    out, from `max_tokens` down: each one costs a measurement, and a compilation where passes are
+    compiled.
     """
 
     max_tokens: int = 8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,6 +164,8 @@ def check_options(options: Options) -> None:
     """Raise ConfigError for options that exclude or need one another, and for paths that fail."""
     if (options.run is None) == (options.target is None):
         wrong("run", "give --run checkpoints/NAME, or a target in a --config; one of the two")
+    if options.run == "":
+        wrong("run", "needs a value: --run checkpoints/NAME")
     if options.run is not None and options.drafter is not None:
         wrong("drafter", "a run has its own drafter; spell out the target too, in a --config")
     if (options.prompt is None) == (options.prompts is None):
@@ -187,6 +191,11 @@ def _check_paths(options: Options) -> None:
             wrong(name, f"there is no folder '{Path(path).parent}'")
         if path is not None and Path(path).is_dir():
             wrong(name, f"'{path}' is a folder, not a file")
+    files = [(n, getattr(options, n)) for n in ("prompts", "output", "stats")]
+    given = [(name, path) for name, path in files if path is not None]
+    for (name, path), (other, before) in itertools.combinations(reversed(given), 2):
+        if Path(path).resolve() == Path(before).resolve():
+            wrong(name, f"'{path}' is the file of --{other}, which it would replace")
     if options.output is not None and Path(options.output).exists() and not options.overwrite:
         wrong("output", f"'{options.output}' exists; give --overwrite true to replace it")
 
@@ -195,7 +204,12 @@ def _check_devices(options: Options) -> None:
     if options.devices < 1:
         wrong("devices", f"must be at least 1, not {options.devices}")
     device = find_device(options.device)
-    if options.devices == 1 or device == "cpu":
+    if options.devices == 1:
+        return
+    if device == "cpu":
+        cores = os.cpu_count() or 1
+        if options.devices > cores:
+            wrong("devices", f"{options.devices} asked for, {cores} CPU cores found")
         return
     if device != "cuda":
         wrong("device", f"'{device}' is one device; leave it out to use {options.devices}")
