@@ -51,6 +51,20 @@ class OneLineErrors(ArgumentParser):
             f"config error: {path}: {reason}" if path else f"config error: {reason}"
         ) from ex
 
+    def instantiate_classes(self, cfg: Any, **options: Any) -> Any:
+        """Build what `cfg` names; a constructor's ValueError is reported with the key it is for."""
+        try:
+            return super().instantiate_classes(cfg, **options)
+        except ValueError as error:
+            refusal = constructor_refusal(str(error))
+            if refusal is None:
+                raise
+            reason, value = refusal
+            path = key_of(value, cfg)
+            raise ConfigError(
+                f"config error: {path}: {reason}" if path else f"config error: {reason}"
+            ) from error
+
     def _option_names(self) -> list[str]:
         return [
             action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")
@@ -143,6 +157,34 @@ def wrong_type(message: str) -> tuple[str, str] | None:
     if not names:
         return None
     return path, f"expected {' or '.join(dict.fromkeys(names))}, got '{shown[:80]}'"
+
+
+def constructor_refusal(message: str) -> tuple[str, str] | None:
+    """Why a constructor refused, and the value it was built from; None for any other message.
+
+    jsonargparse wraps what the class said once for each optional class around it.
+    """
+    if "Does not validate against any of the Union subtypes" not in message:
+        return None
+    wrapping = ("- Expected", "- Does not validate")
+    lines = [line.strip() for line in message.splitlines()]
+    for number, line in enumerate(lines):
+        if line.startswith("- ") and not line.startswith(wrapping):
+            values = (rest for rest in lines[number:] if rest.startswith("Given value: "))
+            return plain(line[2:]), next(values, "").removeprefix("Given value: ")
+    return None
+
+
+def key_of(shown: str, config: Any, key: str = "") -> str:
+    """Return the dotted key of the value that is shown as `shown`; empty where there is none."""
+    if key and str(config) == shown:
+        return key.replace(".init_args", "")
+    if not hasattr(config, "__dict__"):
+        return ""
+    inner = (
+        key_of(shown, value, f"{key}.{name}".strip(".")) for name, value in vars(config).items()
+    )
+    return next(filter(None, inner), "")
 
 
 def plain(text: str) -> str:

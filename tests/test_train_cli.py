@@ -137,6 +137,35 @@ def test_missing_data_is_an_error_before_anything_is_created(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["--data.sequence_length", "0"],
+            "config error: data: sequence_length must be at least 2, not 0",
+        ),
+        (
+            ["--model.schedule", "specstream.training.WarmupCosine"]
+            + ["--model.schedule.warmup_steps", "-1"],
+            "config error: model.schedule: warmup_steps must be 0 or more, got -1",
+        ),
+        (
+            ["--data.sources.path", "/nowhere.txt"],
+            "config error: data: '/nowhere.txt' does not exist; '/' has no data files",
+        ),
+    ],
+)
+def test_a_constructor_that_refuses_is_quoted_alone(
+    arguments: list[str],
+    line: str,
+    config: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert fails(capsys, "--config", config(), *arguments) == line
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_target_is_an_error_of_one_line(
     config: Callable[..., str],
     tmp_path: Path,
