@@ -147,4 +147,5 @@ def test_a_window_over_a_tree_is_refused() -> None:
 
 
 def test_views_are_whole_steps_up_to_the_capacity() -> None:
-    assert [bucket(n, 300) for n in (1, 128, 129, 256, 257, 300)] == [128, 128, 256, 256, 300, 300]
+    wanted = [256, 256, 512, 512, 600]
+    assert [bucket(n, 600) for n in (1, 256, 257, 512, 513)] == wanted
