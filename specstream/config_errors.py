@@ -103,6 +103,7 @@ def not_accepted(option: str, class_name: str | None, options: list[str]) -> tup
     path, _, name = option.rpartition(".")
     prefix = f"{path}." if path else ""
     accepted = {o.removeprefix(prefix).split(".")[0] for o in options if o.startswith(prefix)}
+    accepted -= {"help", "print_config", "print_shtab"}  # the parser's own
     near = get_close_matches(name, sorted(accepted), 1)
     owner = f" by {class_name}" if class_name else ""
     hint = f"; did you mean '{near[0]}'?" if near else ""
