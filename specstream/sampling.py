@@ -75,10 +75,7 @@ def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     if sampling.needs_history:
         if seen is None:
             raise ValueError("a repetition penalty needs `seen`, the tokens so far, got None")
-        penalty = sampling.repetition_penalty
-        scores = torch.where(
-            seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores
-        )
+        scores = torch.where(seen, penalised(scores, sampling.repetition_penalty), scores)
     if sampling.greedy:
         best = scores.argmax(-1, keepdim=True)
         return torch.zeros_like(scores).scatter(-1, best, 1.0)
@@ -88,6 +85,11 @@ def probabilities(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     if cutoff is not None:
         scores = scores.masked_fill(scores < cutoff, -math.inf)
     return scores.softmax(-1)
+
+
+def penalised(scores: Tensor, penalty: float) -> Tensor:
+    """Return the scores of tokens already in the text (Keskar et al. 2019, CTRL)."""
+    return torch.where(scores > 0, scores / penalty, scores * penalty)
 
 
 def _cutoff(scores: Tensor, sampling: Sampling) -> Tensor | None:

@@ -19,7 +19,7 @@ import yaml
 from specstream.benchmark import FilePrompts, Study
 from specstream.benchmark.command import main, make_parser, measure
 from specstream.benchmark.distillation import Decoded, paired_difference
-from specstream.benchmark.outputs import compare_greedy, logit_gap, repeated_share
+from specstream.benchmark.outputs import compare_greedy, repeated_share
 from specstream.benchmark.prompts import gather
 from specstream.benchmark.readme import render, with_section
 from specstream.benchmark.rows import DistillationRow as Line
@@ -28,6 +28,8 @@ from specstream.benchmark.runners import Runner
 from specstream.benchmark.sweep import DIVERGENCES, Sweep
 from specstream.benchmark.timing import Measured, Plan, alternate, ratio_interval
 from specstream.benchmark.trained_runs import TrainedRun, describe_block
+from specstream.generation.ties import logit_gap
+from specstream.sampling import Sampling, probabilities
 from specstream.structures import Guarantee, Stats
 from tests.toys import letters, toy_lm
 
@@ -107,10 +109,10 @@ def test_a_difference_within_rounding_is_a_tie_and_any_other_is_not() -> None:
     prompt = [0, 1, 2]
     logits = lm(torch.tensor([prompt]))[0, -1].float()
     order = logits.argsort(descending=True).tolist()
-    gap, tolerance = logit_gap(lm, prompt, order[0], order[-1])
-    assert gap == pytest.approx(float(logits[order[0]] - logits[order[-1]]), abs=0.2)
+    gap = logit_gap(lm, prompt, order[0], order[-1])
+    assert gap.size == pytest.approx(float(logits[order[0]] - logits[order[-1]]), abs=0.2)
     far = compare_greedy(lm, [prompt], [[order[-1]]], [[order[0]]])
-    assert (far.identical, far.ties, far.differences) == (False, 0, int(gap > tolerance)) == (
+    assert (far.identical, far.ties, far.differences) == (False, 0, int(not gap.is_tie)) == (
         False, 0, 1,
     )  # fmt: skip
     with torch.no_grad():
@@ -120,6 +122,16 @@ def test_a_difference_within_rounding_is_a_tie_and_any_other_is_not() -> None:
     short = compare_greedy(lm, [prompt], [[order[0], 1]], [[order[0]]])
     assert short.differences == 1
     assert compare_greedy(lm, [prompt], [[1]], [[1]]).identical
+
+
+def test_a_repetition_penalty_is_part_of_the_gap() -> None:
+    lm, prompt = toy_lm(), [0, 1, 2]
+    scores = lm(torch.tensor([prompt]))[0, -1].double()
+    seen = torch.tensor([True, True, True, False, False])
+    law = probabilities(scores, Sampling(repetition_penalty=1.5), seen).log()
+    for one, other in ((0, 3), (1, 2), (3, 4)):
+        expected = abs(float(law[one] - law[other]))
+        assert logit_gap(lm, prompt, one, other, 1.5).size == pytest.approx(expected, rel=1e-4)
 
 
 def test_prompts_are_taken_from_the_sources_in_turn_and_cut_to_be_ragged(tmp_path: Path) -> None:

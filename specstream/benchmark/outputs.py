@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from specstream.benchmark.rows import Agreement
+from specstream.generation.ties import first_difference, logit_gap
 from specstream.models import PretrainedLM
-from specstream.models.cache import bucket
-
-TIE_STEPS = 4  # rounding steps of the dtype, at the size of the best logit, within which two tie
 
 
 def repeated_share(rows: Sequence[Sequence[int]], n: int = 4) -> float | None:
@@ -28,6 +24,7 @@ def compare_greedy(
     prompts: Sequence[list[int]],
     ours: Sequence[list[int]],
     plain: Sequence[list[int]],
+    repetition_penalty: float = 1.0,
 ) -> Agreement:
     """Compare greedy outputs with the plain target's, prompt by prompt."""
     ties = differences = 0
@@ -35,25 +32,14 @@ def compare_greedy(
     for prompt, a, b in zip(prompts, ours, plain, strict=True):
         if a == b:
             continue
-        place = next((i for i, pair in enumerate(zip(a, b, strict=False)) if len({*pair}) > 1), -1)
-        if place < 0:  # one text is the beginning of the other: no rounding explains that
+        place = first_difference(a, b)
+        if place is None:  # one text is the beginning of the other: no rounding explains that
             differences += 1
             continue
-        gap, tolerance = logit_gap(target, prompt + b[:place], a[place], b[place])
-        ties += gap <= tolerance
-        differences += gap > tolerance
-        largest, smallest = max(largest, gap), min(smallest, tolerance)
+        before = prompt + b[:place]
+        gap = logit_gap(target, before, a[place], b[place], repetition_penalty)
+        ties += gap.is_tie
+        differences += not gap.is_tie
+        largest, smallest = max(largest, gap.size), min(smallest, gap.tolerance)
     tolerance = smallest if smallest < float("inf") else 0.0
     return Agreement(ties + differences == 0, ties, differences, largest, tolerance)
-
-
-@torch.inference_mode()
-def logit_gap(target: PretrainedLM, before: list[int], one: int, other: int) -> tuple[float, float]:
-    """Return how far apart two tokens' logits are after `before`, and the tolerance for a tie."""
-    tokens = torch.tensor([before], device=target.device)
-    capacity = bucket(len(before), len(before) + 10**9)
-    cache = target.new_cache(1, capacity)
-    zero = torch.zeros(1, dtype=torch.long, device=tokens.device)
-    logits = target.extend(tokens, zero, cache, capacity, num_logits=1)[0, -1].float()  # (V,)
-    step = torch.finfo(target.dtype).eps * float(logits.abs().max())
-    return abs(float(logits[one] - logits[other])), TIE_STEPS * step

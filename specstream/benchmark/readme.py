@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from specstream.benchmark.rows import read_rows, write_whole
+from specstream.benchmark.rows import read_rows
 from specstream.benchmark.tables import JsonRow, make_tables, markdown
+from specstream.files import write_whole
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
+
+from specstream.files import write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,17 +212,6 @@ def _rounded(value: Any) -> Any:
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write the results file whole, so that an older one survives a full disk."""
     write_whole(path, as_json(rows, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write under a temporary name and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -97,7 +97,13 @@ class RowMaker:
         plain = self.reference("plain", method.batch_size)
         if not self.sampling.greedy or plain is None or best is plain:
             return Agreement()
-        return compare_greedy(self.pair.target, self.prompts, best.tokens, plain.tokens)
+        return compare_greedy(
+            self.pair.target,
+            self.prompts,
+            best.tokens,
+            plain.tokens,
+            self.sampling.repetition_penalty,
+        )
 
 
 def counts(best: Measured) -> Counts:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from specstream.files import write_whole
 from specstream.generation.batch import Batch
 from specstream.generation.lengths import StepCosts
 from specstream.generation.target_pass import pad_draft
@@ -140,9 +141,6 @@ def _key(pipeline: SpeculativePipeline) -> str:
 def _write(path: Path, costs: StepCosts) -> None:
     """Write the table whole or not at all; a folder that cannot be written costs a measurement."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(costs)))
-        temporary.replace(path)
+        write_whole(path, json.dumps(asdict(costs)))
     except OSError:
         return

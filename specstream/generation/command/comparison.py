@@ -5,16 +5,12 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, replace
 
-import torch
-
 from specstream.generation.autoregressive import AutoregressivePipeline
 from specstream.generation.base import Prompt, TextPipeline
-from specstream.models.cache import bucket
-from specstream.sampling import Sampling, probabilities
+from specstream.generation.ties import first_difference, logit_gap
 from specstream.structures import Stats
 
 REPEATS = 3
-TIE_STEPS = 4  # rounding steps of the dtype, at the size of the best logit, within which two tie
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,27 +83,20 @@ def compare(pipeline: TextPipeline, first: Run, prompt: Prompt, seed: int) -> Co
     )
 
 
-@torch.inference_mode()
 def difference(plain: TextPipeline, prompt: Prompt, ours: Run, theirs: Run) -> str:
-    """Say where two greedy texts part, and whether the target held the two tokens for equal.
-
-    The target's passes over one token and over several round differently; where its two best
-    logits lie within the rounding of their dtype, either is its greedy choice.
-    """
-    pairs = zip(ours.tokens, theirs.tokens, strict=False)
-    place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    """Say where two greedy texts part, and whether the target held the two tokens for equal."""
+    place = first_difference(ours.tokens, theirs.tokens)
     if place is None:
         return f"{len(ours.tokens)} tokens, the plain target {len(theirs.tokens)}"
-    before = plain.processor.encode(prompt, plain.chat) + theirs.tokens[:place]
-    tokens = torch.tensor([before], device=plain.target.device)
-    capacity = bucket(len(before), len(before) + 10**9)
-    cache = plain.target.new_cache(1, capacity)
-    zero = torch.zeros(1, dtype=torch.long, device=tokens.device)
-    logits = plain.target.extend(tokens, zero, cache, capacity, num_logits=1)[0, -1].float()  # (V,)
-    penalty = Sampling(repetition_penalty=plain.sampling.repetition_penalty)
-    seen = torch.zeros_like(logits, dtype=torch.bool).index_fill(0, tokens[0], True)
-    law = probabilities(logits.double(), penalty, seen).log()
-    gap = abs(float(law[theirs.tokens[place]] - law[ours.tokens[place]]))
-    tolerance = TIE_STEPS * torch.finfo(plain.target.dtype).eps * float(logits.abs().max())
-    verdict = "a tie in rounding" if gap <= tolerance else "more than rounding explains"
-    return f"from token {place + 1}, logit gap {gap:.3g}, tolerance {tolerance:.3g}: {verdict}"
+    gap = logit_gap(
+        plain.target,
+        plain.processor.encode(prompt, plain.chat) + theirs.tokens[:place],
+        ours.tokens[place],
+        theirs.tokens[place],
+        plain.sampling.repetition_penalty,
+    )
+    verdict = "a tie in rounding" if gap.is_tie else "more than rounding explains"
+    return (
+        f"from token {place + 1}, logit gap {gap.size:.3g}, tolerance {gap.tolerance:.3g}: "
+        f"{verdict}"
+    )

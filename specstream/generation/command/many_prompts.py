@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from specstream.data import PromptFile
+from specstream.files import write_whole
 from specstream.generation.base import TextPipeline
 from specstream.generation.command.display import report_lines, say
-from specstream.generation.command.one_prompt import INTERRUPTED, write_stats, write_whole
+from specstream.generation.command.one_prompt import INTERRUPTED, write_stats
 from specstream.generation.command.options import Options
 from specstream.structures import Guarantee, Stats
 

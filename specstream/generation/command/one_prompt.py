@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
+from specstream.files import write_whole
 from specstream.generation.autoregressive import AutoregressivePipeline
 from specstream.generation.base import TextPipeline
 from specstream.generation.command.comparison import Comparison, Run, compare
@@ -64,13 +64,3 @@ def write_stats(path: Path, stats: Stats, comparison: Comparison | None = None) 
     """Write the one JSON object of `--stats`, whole or not at all."""
     facts = stats.as_dict() | ({} if comparison is None else comparison.as_dict())
     write_whole(path, json.dumps(facts, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write under a temporary name and rename, so that what was there survives a full disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
