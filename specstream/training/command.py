@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from specstream.config_errors import OneLineErrors
@@ -76,6 +79,7 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("run", "trainer.default_root_dir")
 
     def before_instantiate_classes(self) -> None:
+        check_devices(self.config["trainer"]["accelerator"], self.config["trainer"]["devices"])
         self.run_folder = RunFolder(Path(self.config["run"]))
         later_process = bool(getattr(rank_zero_only, "rank", None))  # the first one is writing
         may_exist = self.config["overwrite"] or later_process
@@ -99,8 +103,32 @@ class TrainCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+def check_devices(accelerator: object, devices: object) -> None:
+    """Raise ValueError for more processes on a CPU than it has cores: each would start, and wait.
+
+    Of other accelerators Lightning knows how many there are.
+    """
+    on_cpu = accelerator == "cpu" or (
+        accelerator == "auto" and not torch.accelerator.is_available()
+    )
+    cores = os.cpu_count() or 1
+    if on_cpu and str(devices).isdecimal() and int(str(devices)) > cores:
+        raise ValueError(
+            f"config error: trainer.devices: at most {cores} on this machine's CPU cores, "
+            f"got {devices}"
+        )
+
+
 def run_training(arguments: list[str]) -> int:
     """Train as the arguments say; return the exit code.  A user's mistake is a ValueError."""
+    try:
+        return fit_and_export(arguments)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+
+
+def fit_and_export(arguments: list[str]) -> int:
+    """Do what `run_training` does, with Lightning's own exception for wrong trainer options."""
     cli = TrainCLI(
         SummedLossModule,
         L.LightningDataModule,
@@ -149,9 +177,15 @@ def finish(cli: TrainCLI) -> None:
             with TemporaryDirectory() as elsewhere:
                 cli.model.export(Path(elsewhere), processor)
         return
-    exported = cli.model.export(run, processor)
-    plot_losses(run / "metrics.jsonl", exported / "loss.png")
-    write_model_card(run, exported)
+    try:
+        exported = cli.model.export(run, processor)
+        plot_losses(run / "metrics.jsonl", exported / "loss.png")
+        write_model_card(run, exported)
+    except OSError as error:
+        raise SaveFailed(
+            f"could not export to {run}: {error.strerror or error}; the training is kept, and "
+            "--ckpt_path last exports it again"
+        ) from error
     say(f"trained {cli.trainer.global_step} steps; wrote {exported}")
 
 

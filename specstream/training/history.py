@@ -49,12 +49,15 @@ class HistoryLogger(Logger):
         row = {"step": step, "seconds": round(time.monotonic() - self.start, 2)}
         row |= {name: float(f"{value:.6g}") for name, value in metrics.items()}
         self.unwritten.append(json.dumps(row) + "\n")
+        size = self.path.stat().st_size if self.path.exists() else None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.writelines(self.unwritten)
             self.unwritten = []
         except OSError as error:  # a full disk: keep the rows, and the training, going
+            if size is not None:
+                os.truncate(self.path, size)  # a part of them may have been written
             if len(self.unwritten) == 1:
                 say(f"could not write {self.path}: {error.strerror}; will try again")
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from specstream.cli import train
+from specstream.models import PretrainedLM
+from specstream.training.command import check_devices
 
 Config = dict[str, Any]
 Write = Callable[..., str]
@@ -59,3 +64,58 @@ def test_a_drafter_is_distilled_and_stands_alone(
     assert any("val/tau" in row and "val/alpha_1" in row for row in rows)
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and set(samples[0]) >= {"prompt", "speculative", "plain"}
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--trainer.max_steps=-5", "error: `max_steps` must be a non-negative integer or -1"),
+        pytest.param(
+            "--trainer.accelerator=gpu",
+            "error: No supported gpu backend found!",
+            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_what_lightning_refuses_is_one_line(
+    option: str,
+    line: str,
+    tmp_path: Path,
+    write_config: Write,
+    language_model: Config,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train(["--config", write_config("run", language_model), option]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_cores_are_refused_before_anything_starts() -> None:
+    cores = os.cpu_count() or 1
+    for devices in (cores, str(cores), "auto", [0, 1]):
+        check_devices("cpu", devices)
+    for too_many in (cores + 1, str(cores + 1)):
+        with pytest.raises(ValueError, match=f"trainer.devices: at most {cores} on"):
+            check_devices("cpu", too_many)
+    check_devices("gpu", cores + 1)
+
+
+def test_a_disk_full_at_the_export_is_one_line_and_the_next_resumption_exports(
+    tmp_path: Path,
+    write_config: Write,
+    language_model: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = write_config("run", language_model, limit_val_batches=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainedLM, "save", full)
+        assert train(["--config", config]) == 1
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(f"could not export to {tmp_path / 'run'}: No space left on device; ")
+    assert train(["--config", config, "--ckpt_path", "last"]) == 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
