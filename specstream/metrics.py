@@ -14,18 +14,6 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-def count_by_position(num_drafted: Tensor, num_accepted: Tensor, positions: int) -> Tensor:
-    """Return how often each drafted position was tested and was accepted, (2, positions).
-
-    num_drafted and num_accepted (R,) of R rounds; position i (from 1) is tested if all before it
-    stood and it was drafted: the first rejected one counts as tested, those behind it do not.
-    """
-    place = torch.arange(1, positions + 1, device=num_drafted.device)
-    tested = (place <= num_drafted.unsqueeze(-1)) & (place <= num_accepted.unsqueeze(-1) + 1)
-    accepted = place <= num_accepted.unsqueeze(-1)
-    return torch.stack([tested.sum(0), accepted.sum(0)])
-
-
 class Acceptance(Metric):
     """Acceptance, alpha_i and prefix_i for the positions 1..`positions` of a draft.
 
@@ -99,15 +87,6 @@ class AcceptedLength(_Ratio):
         """Add the tokens committed in complete rounds and the number of those rounds."""
         self.upper += num_committed
         self.lower += num_rounds
-
-
-class Throughput(_Ratio):
-    """Elements committed in a second on one process; with several the mean over their seconds."""
-
-    def update(self, elements: Tensor | int, seconds: Tensor | float) -> None:
-        """Add the elements of a run and the wall-clock seconds it took, prefill included."""
-        self.upper += elements
-        self.lower += seconds
 
 
 class Speedup(_Ratio):

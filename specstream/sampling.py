@@ -164,8 +164,6 @@ class Role(IntEnum):
     DRAFT = 0  # which token the drafter guesses
     ACCEPT = 1  # whether a guess stands
     CORRECT = 2  # which token replaces it, or follows the last
-    PLAIN = 3  # which token the target picks alone
-    SELECT = 4  # choices outside the decoded law: masks, corpora, on-policy rows
 
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -224,14 +222,6 @@ class Noise:
         prompts (B,) int64 and elements (B, ...) int64 are below 2^31.
         """
         return _uniform(self.keys[int(role)], prompts, elements)
-
-    def uniforms(self, prompts: Tensor, elements: Tensor) -> Tensor:
-        """Return the numbers of every role, (R, B, ...), at the price of one.
-
-        `uniforms(...)[role]` equals `uniform(..., role)`; in eager mode a round costs one call.
-        """
-        keys = self.keys.view(-1, *[1] * elements.dim())
-        return _uniform(keys, prompts, elements)
 
 
 def _uniform(keys: Tensor, prompts: Tensor, elements: Tensor) -> Tensor:

@@ -7,22 +7,20 @@ import math
 import pytest
 import torch
 
-from specstream.metrics import Acceptance, AcceptedLength, Speedup, Throughput, count_by_position
+from specstream.metrics import Acceptance, AcceptedLength, Speedup
 
-DRAFTED = torch.tensor([3, 3, 3, 2, 0, 3])
-ACCEPTED = torch.tensor([3, 1, 0, 2, 0, 2])
-
-
-def test_the_first_rejected_draft_counts_as_tested_and_those_behind_it_do_not() -> None:
-    tested, accepted = count_by_position(DRAFTED, ACCEPTED, positions=4)
-    assert tested.tolist() == [5, 4, 2, 0]
-    assert accepted.tolist() == [4, 3, 1, 0]
+# of six rounds that drafted 3, 3, 3, 2, 0, 3 tokens, of which 3, 1, 0, 2, 0, 2 stood: how often
+# each position was tested and was accepted, in the first two rounds and in the other four
+PARTS = (
+    (torch.tensor([2, 2, 1, 0]), torch.tensor([2, 1, 1, 0])),
+    (torch.tensor([3, 2, 1, 0]), torch.tensor([2, 2, 0, 0])),
+)
 
 
 def test_acceptance_is_conditional_and_prefixes_are_joint() -> None:
     metric = Acceptance(positions=4)
-    for half in (slice(0, 2), slice(2, 6)):
-        metric.update(*count_by_position(DRAFTED[half], ACCEPTED[half], positions=4))
+    for tested, accepted in PARTS:
+        metric.update(tested, accepted)
     values = {name: round(value.item(), 6) for name, value in metric.compute().items()}
     assert values == {
         "acceptance": round(8 / 11, 6),
@@ -49,15 +47,13 @@ def test_nothing_drafted_is_no_number() -> None:
         assert math.isnan(AcceptedLength().compute())
 
 
-def test_accepted_length_throughput_and_speedup_are_ratios_of_sums() -> None:
-    tau, speed, speedup = AcceptedLength(), Throughput(), Speedup()
+def test_accepted_length_and_speedup_are_ratios_of_sums() -> None:
+    tau, speedup = AcceptedLength(), Speedup()
     tau.update(10, 4)
     tau.update(torch.tensor(5), torch.tensor(2))
-    speed.update(128, 2.0)
-    speed.update(64, 1.0)
     speedup.update(3.0, 2.0)
     speedup.update(1.0, 2.0)
-    assert (tau.compute(), speed.compute(), speedup.compute()) == (2.5, 64.0, 1.0)
+    assert (tau.compute(), speedup.compute()) == (2.5, 1.0)
     tau.reset()
     tau.update(3, 3)
     assert tau.compute() == 1.0
@@ -71,11 +67,11 @@ def test_a_metric_of_no_positions_is_refused() -> None:
 def test_processes_agree_because_states_add_up() -> None:
     """Metrics of two halves, reduced as torchmetrics reduces over processes, equal the whole."""
     parts, whole = [], Acceptance(positions=4)
-    whole.update(*count_by_position(DRAFTED, ACCEPTED, positions=4))
-    for mine in (slice(0, 3), slice(3, 6)):
+    whole.update(*(first + second for first, second in zip(*PARTS, strict=True)))
+    for (tested, accepted), rounds in zip(PARTS, (2, 4), strict=True):
         acceptance, tau = Acceptance(positions=4), AcceptedLength()
-        acceptance.update(*count_by_position(DRAFTED[mine], ACCEPTED[mine], positions=4))
-        tau.update(int(ACCEPTED[mine].sum()) + 3, 3)
+        acceptance.update(tested, accepted)
+        tau.update(int(accepted.sum()) + rounds, rounds)
         parts.append((acceptance, tau))
     (acceptance, tau), (other_acceptance, other_tau) = parts
     acceptance.merge_state(other_acceptance)

@@ -172,7 +172,7 @@ def test_both_ways_to_invert_a_cdf_agree() -> None:
 def test_drawn_tokens_follow_their_law() -> None:
     law = logits(20).softmax(-1)
     rows = 40_000
-    uniforms = Noise(3).uniform(torch.zeros(1).long(), torch.arange(rows)[None], Role.PLAIN)[0]
+    uniforms = Noise(3).uniform(torch.zeros(1).long(), torch.arange(rows)[None], Role.CORRECT)[0]
     counts = draw(law.expand(rows, -1), uniforms).bincount(minlength=20)
     assert chi_square_p_value(counts, law * rows) > 0.01
 
@@ -211,13 +211,16 @@ def test_noise_depends_on_its_key_alone() -> None:
         row = noise.uniform(prompts[b : b + 1], elements[b : b + 1], Role.DRAFT)
         assert torch.equal(row[0], whole[b])
     assert torch.equal(Noise(1).uniform(prompts, elements, Role.DRAFT), whole)
-    assert torch.equal(noise.uniforms(prompts, elements)[Role.DRAFT], whole)
     assert torch.equal(noise.uniform(prompts, elements[:, 0], Role.DRAFT), whole[:, 0])
+
+
+def every_role(noise: Noise, prompts: Tensor, elements: Tensor) -> Tensor:
+    return torch.stack([noise.uniform(prompts, elements, role) for role in Role])
 
 
 def test_noise_is_uniform_and_independent_across_seeds_prompts_elements_and_roles() -> None:
     prompts, elements = torch.arange(64), torch.arange(300).expand(64, -1)
-    grid = torch.stack([Noise(seed).uniforms(prompts, elements) for seed in (0, 1, 2**40)])
+    grid = torch.stack([every_role(Noise(seed), prompts, elements) for seed in (0, 1, 2**40)])
     assert grid.min() >= 0 and grid.max() < 1
     assert len(grid.flatten().unique()) == grid.numel()
     for cells in grid.flatten(2).flatten(0, 1):  # one stream for each seed and role
@@ -242,7 +245,7 @@ def test_noise_is_uniform_and_independent_across_seeds_prompts_elements_and_role
 def round_of(sampling: Sampling):  # type: ignore[no-untyped-def]
     def one(scores: Tensor, noise: Noise, prompts: Tensor, elements: Tensor) -> Tensor:
         law = probabilities(scores, sampling, scores > 1)
-        return draw(law, noise.uniform(prompts, elements, Role.PLAIN))
+        return draw(law, noise.uniform(prompts, elements, Role.CORRECT))
 
     return one
 
@@ -271,6 +274,6 @@ def test_a_compiled_round_is_one_graph_that_serves_every_seed(sampling: Sampling
 
 
 def test_compiled_noise_is_the_same_noise() -> None:
-    compiled = torch.compile(lambda *key: Noise.uniforms(*key), fullgraph=True, dynamic=False)
+    compiled = torch.compile(lambda *key: every_role(*key), fullgraph=True, dynamic=False)
     key = Noise(8), torch.tensor([3, 2**31 - 1]), torch.arange(1000).expand(2, -1) * 2_000_003
-    assert torch.equal(compiled(*key), Noise.uniforms(*key))  # C++ lets int64 products wrap
+    assert torch.equal(compiled(*key), every_role(*key))  # C++ lets int64 products wrap

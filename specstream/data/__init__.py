@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from specstream.data.chat import ChatMessages
-from specstream.data.encoding import encode_prompt
 from specstream.data.prompts import PromptFile
 from specstream.data.sources import (
     Document,
@@ -34,7 +33,6 @@ __all__ = [
     "StdlibSource",
     "TextDataModule",
     "TextSource",
-    "encode_prompt",
 ]
 
 

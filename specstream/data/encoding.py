@@ -58,12 +58,6 @@ def encode_texts(
     )["input_ids"]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Tokenise a prompt as training does: bos, if the tokenizer has one, and the text."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + encode_texts(tokenizer, [text])[0]
-
-
 def encode_documents(
     tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]
 ) -> list[EncodedDocument]:

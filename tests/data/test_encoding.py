@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specstream.data import Document, Segment, encode_prompt
+from specstream.data import Document, Segment
 from specstream.data.encoding import encode_documents, encode_texts, token_dtype
 from specstream.data.tokenizer import (
     END_OF_TEXT,
@@ -15,6 +15,7 @@ from specstream.data.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
+from specstream.processors import TextProcessor
 
 
 def pair(prompt: str, completion: str) -> Document:
@@ -61,7 +62,7 @@ def test_a_prompt_has_the_same_tokens_in_training_and_decoding(tokenizer) -> Non
     for prompt in ("The cat\n", "The cat ", "The c"):
         [document] = encode_documents(tokenizer, [pair(prompt, "at sat on the mat.")])
         given = document.tokens[: document.prompt_length].tolist()
-        assert given == encode_prompt(tokenizer, prompt)
+        assert given == TextProcessor(tokenizer).encode(prompt)
         assert tokenizer.decode(document.tokens.tolist()[1:-1]) == prompt + "at sat on the mat."
 
 

@@ -263,7 +263,7 @@ def chi_square_p_value(rule: ChainRejection, toy: World, rows: int) -> float:
     draft, p = toy.draft(chosen)
     accept = noise.uniform(prompts, elements[:, :k], Role.ACCEPT)
     verdict = rule(draft, p.float(), accept, noise.uniform(prompts, prompts * 0, Role.CORRECT))
-    rest = noise.uniform(prompts, elements, Role.PLAIN).tolist()
+    rest = Noise(noise.seed + 1).uniform(prompts, elements, Role.CORRECT).tolist()
     counts = torch.zeros([VOCABULARY] * (k + 1), dtype=torch.float64)
     for row, num in enumerate(verdict.accepted.sum(-1).tolist()):
         prefix = (*tokens[row][:num], int(verdict.correction[row]))
