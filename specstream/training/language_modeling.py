@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
@@ -59,6 +60,7 @@ class LanguageModelingModule(SummedLossModule):
                 f"the data's tokenizer has {size} tokens, the model a vocabulary of "
                 f"{self.model.vocab_size}"
             )
+        check_row_length(self.trainer.datamodule, {"model": self.model})  # type: ignore[attr-defined]
 
     def loss(self, batch: Batch) -> LossSum:
         assert self.model is not None
@@ -81,6 +83,17 @@ class LanguageModelingModule(SummedLossModule):
         folder = run / "model"
         self.model.save(folder, processor.tokenizer)
         return folder
+
+
+def check_row_length(data: Any, models: dict[str, PretrainedLM]) -> None:
+    """Raise ValueError where rows of the data have more tokens than a model has positions."""
+    length = data.layout.sequence_length
+    for name, model in models.items():
+        if model.max_positions is not None and length > model.max_positions:
+            raise ValueError(
+                f"data: sequence_length {length} is longer than the {model.max_positions} "
+                f"positions of the {name}"
+            )
 
 
 def layout(batch: Batch) -> tuple[Tensor, Tensor | None]:

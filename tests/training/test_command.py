@@ -119,3 +119,16 @@ def test_a_disk_full_at_the_export_is_one_line_and_the_next_resumption_exports(
     assert line.startswith(f"could not export to {tmp_path / 'run'}: No space left on device; ")
     assert train(["--config", config, "--ckpt_path", "last"]) == 0
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_rows_too_long_for_a_model_end_a_run_in_one_line(
+    write_config: Write,
+    language_model: Config,
+    distillation: Config,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, model in (("lm", language_model), ("drafter", distillation)):
+        config = write_config(name, model)
+        assert train(["--config", config, "--data.sequence_length", "257"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "sequence_length 257 is longer than the 256 positions of the" in line

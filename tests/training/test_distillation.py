@@ -13,6 +13,7 @@ from specstream.drafters import CutDraftModel, DraftModel, PromptLookup
 from specstream.models import UntrainedLM
 from specstream.training import DistillationModule, LanguageModelingModule
 from specstream.training.base import OPTIMIZED
+from specstream.training.language_modeling import check_row_length
 
 
 def small(layers: int = 2, seed: int = 0, vocabulary: int = 50) -> UntrainedLM:
@@ -144,3 +145,15 @@ def test_data_of_more_tokens_than_the_language_model_has_are_refused(
     monkeypatch.setattr(LanguageModelingModule, "trainer", SimpleNamespace(datamodule=data))
     with pytest.raises(ValueError, match="tokenizer has 51 tokens, the model a vocabulary of 50"):
         trained.on_fit_start()
+
+
+def test_rows_longer_than_a_model_has_positions_are_refused() -> None:
+    def rows(length: int) -> SimpleNamespace:
+        return SimpleNamespace(layout=SimpleNamespace(sequence_length=length))
+
+    models = {"target": UntrainedLM(50, 16, 32, 1, 2, max_positions=96), "drafter": small(1)}
+    check_row_length(rows(64), models)
+    with pytest.raises(ValueError, match="sequence_length 65 is longer than the 64 positions of t"):
+        check_row_length(rows(65), models)
+    with pytest.raises(ValueError, match="the 96 positions of the target"):
+        check_row_length(rows(97), models)
