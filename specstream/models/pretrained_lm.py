@@ -33,14 +33,22 @@ class PretrainedLM(nn.Module):
     """A causal LM with a key-value cache for each position, from a folder or the model hub.
 
     `path` is a folder or a hub id; `dtype` one of float32, bfloat16, float16, or auto (bfloat16
-    where the hardware computes in it, else float32).  Raises ValueError in one line for a missing
-    path, damaged weights, or a model that the static cache cannot serve.
+    where the hardware computes in it, else float32).  `device` is auto or the torch device that
+    the model is for; it is loaded on the CPU and `device` only decides what auto is.  Raises
+    ValueError in one line for a missing path, damaged weights, or a model that the static cache
+    cannot serve.
     """
 
-    def __init__(self, path: str, dtype: str = "auto", attn_implementation: str = "sdpa") -> None:
+    def __init__(
+        self,
+        path: str,
+        dtype: str = "auto",
+        attn_implementation: str = "sdpa",
+        device: str = "auto",
+    ) -> None:
         super().__init__()
         self.path = path
-        self._adopt(load_model(path, resolve_dtype(dtype), attn_implementation))
+        self._adopt(load_model(path, resolve_dtype(dtype, device), attn_implementation))
 
     @classmethod
     def of(cls, model: PreTrainedModel, path: str = "") -> PretrainedLM:
@@ -215,6 +223,16 @@ class UntrainedLM(PretrainedLM):
         nn.Module.__init__(self)
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        for name, value in (
+            ("vocab_size", vocab_size),
+            ("hidden_size", hidden_size),
+            ("intermediate_size", intermediate_size),
+            ("num_layers", num_layers),
+            ("num_heads", num_heads),
+            ("max_positions", max_positions),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
         if hidden_size % num_heads:
             raise ValueError(
                 f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}"
@@ -254,14 +272,19 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """Turn a dtype's name into the dtype; `auto` is bfloat16 where the hardware computes in it."""
+def resolve_dtype(name: str, device: str = "auto") -> torch.dtype:
+    """Turn a dtype's name into the dtype; `auto` is bfloat16 where `device` computes in it."""
     if name == "auto":
-        fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+        fast = runs_on_gpu(device) or torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def runs_on_gpu(device: str) -> bool:
+    """Whether a model for `device` (auto or a torch device) runs on a GPU."""
+    return device != "cpu" and torch.cuda.is_available()
 
 
 def load_model(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:

@@ -121,3 +121,11 @@ def test_an_untrained_model_says_what_does_not_fit() -> None:
         UntrainedLM(16, 17, 24, 1, 2)
     with pytest.raises(ValueError, match="architecture 'lama' is not a transformers model type"):
         UntrainedLM(16, 16, 24, 1, 2, architecture="lama")
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_layers", "num_heads"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_fresh_model_needs_sizes_of_at_least_one(name: str, value: int) -> None:
+    sizes = {"vocab_size": 16, "hidden_size": 16, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(ValueError, match=f"^{name} must be at least 1, not {value}$"):
+        UntrainedLM(intermediate_size=24, **sizes | {name: value})
