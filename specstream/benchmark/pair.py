@@ -80,7 +80,7 @@ class Pair:
         self.task = task
         self.dtype, self.attention = dtype, attn_implementation
         self.place = find_device(device)
-        self.target = self._ready(PretrainedLM(task.target, dtype, attn_implementation))
+        self.target = self._ready(PretrainedLM(task.target, dtype, attn_implementation, self.place))
         self.processor = TextProcessor.from_pretrained(task.target)
         # `generate` fills what a call leaves open from here: nothing, not even an end of sequence
         self.target.model.generation_config = GenerationConfig()
@@ -104,8 +104,8 @@ class Pair:
         """Load a drafter from a run folder, its draft/, or the folder or hub id of a causal LM."""
         folder = Path(path, "draft") if Path(path, "draft").is_dir() else Path(path)
         if (folder / RECORD).is_file():
-            return self._ready(load_drafter(folder, self.target, self.dtype))
-        lm = PretrainedLM(path, self.dtype, self.attention)
+            return self._ready(load_drafter(folder, self.target, self.dtype, device=self.place))
+        lm = PretrainedLM(path, self.dtype, self.attention, self.place)
         return self._ready(DraftModel(self.target, lambda: lm))
 
     def _fresh(self) -> Drafter:

@@ -56,9 +56,13 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def load_drafter(
-    folder: Path, target: nn.Module, dtype: str = "auto", attn_implementation: str = "sdpa"
+    folder: Path,
+    target: nn.Module,
+    dtype: str = "auto",
+    attn_implementation: str = "sdpa",
+    device: str = "auto",
 ) -> Drafter:
-    """Build the drafter of `folder` for `target`, its weights in `dtype`.
+    """Build the drafter of `folder` for `target`, its weights in the `dtype` that suits `device`.
 
     With `auto`, a draft LM whose weights fit a core's cache computes in float32 on a CPU: products
     of one row by so small a matrix take a fourth of what their bfloat16 kernels spend on set-up.
@@ -69,7 +73,7 @@ def load_drafter(
     arguments = dict(block.get("init_args", {}))
     if "model" in arguments:
         arguments["model"] = lambda: PretrainedLM(
-            str(folder), _draft_dtype(folder, dtype), attn_implementation
+            str(folder), _draft_dtype(folder, dtype, device), attn_implementation, device
         )
     module, _, name = str(block["class_path"]).rpartition(".")
     known = importlib.import_module("specstream.drafters")
@@ -81,9 +85,9 @@ def load_drafter(
     return drafter.eval().requires_grad_(False)
 
 
-def _draft_dtype(folder: Path, dtype: str) -> str:
-    import torch
+def _draft_dtype(folder: Path, dtype: str, device: str) -> str:
+    from specstream.models.pretrained_lm import runs_on_gpu
 
     weights = folder / "model.safetensors"  # two bytes a number
     small = weights.is_file() and weights.stat().st_size <= CACHED_BYTES
-    return "float32" if dtype == "auto" and small and not torch.cuda.is_available() else dtype
+    return "float32" if dtype == "auto" and small and not runs_on_gpu(device) else dtype

@@ -42,9 +42,10 @@ def load_run(
 ) -> TextPipeline:
     """Load a run folder for generation: its drafter with its target, or a trained model alone.
 
-    `dtype` and `attn_implementation` are those of `PretrainedLM`, for both models; everything else
-    is explained in `build_pipeline`.  Raises ValueError in one line for a folder that is not a
-    run, and for whatever in it is missing or damaged.
+    `dtype` and `attn_implementation` are those of `PretrainedLM`, for both models, and auto is
+    that of `device`; everything else is explained in `build_pipeline`.  Raises
+    ValueError in one line for a folder that is not a run, and for whatever in it is missing or
+    damaged.
     """
     folder = Path(run)
     if not folder.is_dir():
@@ -57,10 +58,10 @@ def load_run(
         )
     path = str(alone) if alone is not None else str(read_record(draft)["target"]["path"])
     return build_pipeline(
-        PretrainedLM(path, dtype, attn_implementation),
+        PretrainedLM(path, dtype, attn_implementation, device),
         None
         if alone is not None
-        else lambda target: load_drafter(draft, target, dtype, attn_implementation),
+        else lambda target: load_drafter(draft, target, dtype, attn_implementation, device),
         sampling=sampling,
         limits=limits,
         verifier=verifier,

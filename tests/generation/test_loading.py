@@ -77,6 +77,18 @@ def test_a_run_of_language_modelling_decodes_plainly_from_both_its_folders(targe
         assert isinstance(load_run(folder, dtype="float32"), AutoregressivePipeline)
 
 
+def test_on_a_cpu_dtypes_are_a_cpus_even_where_there_is_a_gpu(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load_run(run, device="cpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    again = load_run(run, device="cpu")
+    for pipeline in (plain, again):
+        assert isinstance(pipeline, SpeculativePipeline)
+        assert pipeline.drafter.model.dtype == torch.float32
+    assert again.target.dtype == plain.target.dtype
+
+
 def test_lookup_wraps_the_drafter_or_is_it(run: Path, target: Path) -> None:
     wrapped = load_run(run, lookup=True)
     alone = load_run(target, lookup=True)

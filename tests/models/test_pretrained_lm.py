@@ -160,6 +160,13 @@ def test_a_saved_model_names_the_end_of_its_tokenizer_and_else_none(tmp_path: Pa
         assert config["eos_token_id"] == (None if tokenizer is None else 0)
 
 
+def test_the_automatic_dtype_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    assert resolve_dtype("auto") is resolve_dtype("auto", "cuda:0") is torch.bfloat16
+    assert resolve_dtype("auto", "cpu") is torch.float32
+
+
 def test_a_dtype_has_a_name() -> None:
     assert resolve_dtype("float16") is torch.float16
     assert resolve_dtype("auto") in (torch.float32, torch.bfloat16)

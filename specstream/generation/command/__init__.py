@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from specstream.generation.base import TextPipeline
 from specstream.generation.command.options import Options, parse_options
-from specstream.generation.loading import build_pipeline, load_run
+from specstream.generation.loading import build_pipeline, find_device, load_run
 
 
 def run_generation(arguments: list[str]) -> int:
@@ -51,7 +51,7 @@ def make_pipeline(options: Options, device: str) -> TextPipeline:
             batch_size=options.batch_size,
             compile=options.compile,
             chat=options.chat,
-            dtype=options.dtype or "auto",
+            dtype=run_dtype(options),
             device=device,
             attn_implementation=options.attn_implementation or "sdpa",
             quantize_models=options.quantize,
@@ -71,6 +71,12 @@ def make_pipeline(options: Options, device: str) -> TextPipeline:
         device=device,
         quantize_models=options.quantize,
     )
+
+
+def run_dtype(options: Options) -> str:
+    """Return the dtype of a run's models, which for several GPUs are loaded on the CPU."""
+    dtype = options.dtype or "auto"
+    return "bfloat16" if dtype == "auto" and find_device(options.device) != "cpu" else dtype
 
 
 def _show_slow_loading_only() -> None:

@@ -139,6 +139,8 @@ def parse_options(arguments: list[str]) -> Options:
     for key in ("dtype", "attn_implementation"):
         if parsed[key] is not None:
             set_in_models([parsed["target"], parsed["drafter"]], key, parsed[key])
+    if parsed["device"] != "auto":
+        set_in_models([parsed["target"], parsed["drafter"]], "device", parsed["device"])
     try:
         values = parser.instantiate(parsed)
     except ValueError as error:
