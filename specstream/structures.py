@@ -108,7 +108,7 @@ class Stats:
     elements: int = 0  # tokens committed
     target_calls: int = 0  # sequential target passes after the prefill
     target_rows: int = 0  # positions those passes evaluated, over the rows that still decoded
-    draft_calls: int = 0  # rounds in which the drafter was asked, whatever it found
+    draft_calls: int = 0  # `propose` calls: rounds of a batch in which some row wanted a draft
     seconds: float = 0.0
     tested: list[int] = field(default_factory=list)  # by position: drafts reached by verification
     accepted: list[int] = field(default_factory=list)  # by position: drafts that stood

@@ -166,9 +166,9 @@ class CutDraftModel(DraftModel):
     """A drafter made of the target's own first and last layers, to be trained further.
 
     Takes `first_layers` from the bottom and `last_layers` from the top of a `PretrainedLM` target,
-    with its embeddings, norm and head; with `share_embeddings` the embeddings and the head stay
-    the target's own frozen tensors, so only the layers are trained (they are still saved, so that
-    `draft/` stands alone).
+    with its embeddings, norm and head, all of them copied in float32.  With `share_embeddings` the
+    copies of the embeddings and the head are frozen, so they keep the target's values and only the
+    layers and the norm are trained.  Everything is saved, so that `draft/` stands alone.
     """
 
     def __init__(
