@@ -223,6 +223,16 @@ class UntrainedLM(PretrainedLM):
         nn.Module.__init__(self)
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        for name, value in (
+            ("vocab_size", vocab_size),
+            ("hidden_size", hidden_size),
+            ("intermediate_size", intermediate_size),
+            ("num_layers", num_layers),
+            ("num_heads", num_heads),
+            ("max_positions", max_positions),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
         if hidden_size % num_heads:
             raise ValueError(
                 f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}"
