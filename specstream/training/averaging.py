@@ -71,7 +71,10 @@ class WeightAveraging(L.Callback):
             self.swap(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the average in the module, for the export; RunCheckpoints has saved by then."""
+        """Leave the average in the module, for the export.
+
+        RunCheckpoints, which Lightning calls last, saves after this: `swapped` says what is where.
+        """
         self.swap(pl_module)
 
     def on_save_checkpoint(

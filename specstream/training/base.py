@@ -8,6 +8,7 @@ numbers of scored tokens, give the very gradient of one large batch.
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -64,6 +65,7 @@ class SummedLossModule(L.LightningModule, ABC):
         super().__init__()
         self.build_optimizer = optimizer
         self.schedule = schedule if schedule is not None else WarmupCosine()
+        self.run_seed = 0  # train.py gives its seed_everything; it keys what training draws itself
         self.sums: dict[str, Tensor] = {}
         self.step_began = time.perf_counter()
         self.val_means = torch.nn.ModuleDict()
@@ -140,7 +142,13 @@ class SummedLossModule(L.LightningModule, ABC):
             mean.reset()
 
     def configure_optimizers(self) -> dict[str, Any]:
-        total_steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError(
+                "trainer: training has no end that a schedule could plan for; give max_steps or "
+                "max_epochs"
+            )
+        total_steps = int(steps)
         optimizer = self.build_optimizer(parameter_groups(self))
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.scale(step, total_steps))
         return {

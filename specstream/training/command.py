@@ -85,6 +85,10 @@ class TrainCLI(LightningCLI):
         may_exist = self.config["overwrite"] or later_process
         self.resume_from = self.run_folder.open(may_exist, self.config["ckpt_path"])
 
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        self.model.run_seed = int(self.config["seed_everything"])
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         run = self.run_folder
         configured = self._get(self.config_init, "trainer")

@@ -76,7 +76,7 @@ class DistillationModule(DraftModule):
         check_row_length(self.trainer.datamodule, models)  # type: ignore[attr-defined]
 
     def training_loss(self, batch: Batch, batch_idx: int) -> LossSum:
-        if self.on_policy.chooses(self.current_epoch, batch_idx):
+        if self.on_policy.chooses(self.run_seed, self.current_epoch, batch_idx):
             batch = self.on_policy_batch(batch, batch_idx)
         return self.loss(batch)
 
@@ -106,13 +106,14 @@ class DistillationModule(DraftModule):
     def on_policy_batch(self, batch: Batch, batch_idx: int) -> Batch:
         """Return the batch with its completions written by the drafter or the target as they are.
 
-        Every process writes its own rows, with noise keyed by (epoch, batch, process).
+        Every process writes its own rows, with noise keyed by (seed, epoch, batch, process).
         """
         slots = find_slots(batch, self.on_policy.max_new_tokens)
         if not slots:
             return batch
         pipeline = self._writer(len(slots), max(slot.room for slot in slots))
-        seed = (self.current_epoch * 1_000_003 + batch_idx) * 1009 + self.global_rank
+        epoch = self.run_seed * 1_000_003 + self.current_epoch
+        seed = (epoch * 1_000_003 + batch_idx) * 1009 + self.global_rank
         assert self.drafter is not None
         self.drafter.eval()  # a checkpointed layer in training mode would not fill the cache
         try:

@@ -37,7 +37,6 @@ class OnPolicy:
     source: Source = "drafter"
     max_new_tokens: int = 64
     temperature: float = 1.0
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction <= 1:
@@ -47,9 +46,9 @@ class OnPolicy:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
 
-    def chooses(self, epoch: int, batch_idx: int) -> bool:
-        """Return whether this batch is to be rewritten."""
-        coin = random.Random(f"{self.seed} {epoch} {batch_idx}").random()
+    def chooses(self, seed: int, epoch: int, batch_idx: int) -> bool:
+        """Return whether this batch of the run of this seed is to be rewritten."""
+        coin = random.Random(f"{seed} {epoch} {batch_idx}").random()
         return coin < self.fraction
 
 

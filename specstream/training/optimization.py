@@ -32,7 +32,7 @@ class WarmupCosine(Schedule):
 
     `warmup_steps` optimizer steps lead to the peak; `final_fraction` of it is left after the last
     step; the cosine ends at `decay_steps`, by default the trainer's own number of steps.
-    Raises ValueError for a negative warm-up and a fraction outside [0, 1].
+    Raises ValueError for a negative warm-up, a fraction outside [0, 1] and no `decay_steps` at all.
     """
 
     warmup_steps: int = 100
@@ -44,6 +44,8 @@ class WarmupCosine(Schedule):
             raise ValueError(f"warmup_steps must be 0 or more, got {self.warmup_steps}")
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"final_fraction must be in [0, 1], got {self.final_fraction}")
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise ValueError(f"decay_steps must be at least 1, got {self.decay_steps}")
 
     def scale(self, step: int, total_steps: int) -> float:
         if step < self.warmup_steps:

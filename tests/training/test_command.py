@@ -14,6 +14,7 @@ import torch
 
 from specstream.cli import train
 from specstream.models import PretrainedLM
+from specstream.training import LanguageModelingModule
 from specstream.training.command import check_devices
 
 Config = dict[str, Any]
@@ -70,6 +71,10 @@ def test_a_drafter_is_distilled_and_stands_alone(
     ("option", "line"),
     [
         ("--trainer.max_steps=-5", "error: `max_steps` must be a non-negative integer or -1"),
+        (
+            "--trainer.max_epochs=-1 --trainer.max_steps=-1",
+            "error: trainer: training has no end that a schedule could plan for; give max_steps",
+        ),
         pytest.param(
             "--trainer.accelerator=gpu",
             "error: No supported gpu backend found!",
@@ -85,7 +90,7 @@ def test_what_lightning_refuses_is_one_line(
     language_model: Config,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert train(["--config", write_config("run", language_model), option]) == 2
+    assert train(["--config", write_config("run", language_model), *option.split()]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(line)
     assert not (tmp_path / "run").exists()
@@ -132,3 +137,17 @@ def test_rows_too_long_for_a_model_end_a_run_in_one_line(
         assert train(["--config", config, "--data.sequence_length", "257"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "sequence_length 257 is longer than the 256 positions of the" in line
+
+
+def test_the_seed_of_a_run_reaches_its_module(
+    write_config: Write,
+    language_model: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(module: LanguageModelingModule) -> None:
+        raise ValueError(f"the seed is {module.run_seed}")
+
+    monkeypatch.setattr(LanguageModelingModule, "configure_model", refuse)
+    assert train(["--config", write_config("run", language_model), "--seed_everything", "7"]) == 2
+    assert capsys.readouterr().err == "error: the seed is 7\n"

@@ -58,12 +58,13 @@ def test_a_completion_never_leaves_its_room() -> None:
 
 def test_the_choice_of_batches_is_fixed_and_near_the_fraction() -> None:
     policy = OnPolicy(fraction=0.3)
-    chosen = [policy.chooses(1, i) for i in range(2000)]
-    assert chosen == [policy.chooses(1, i) for i in range(2000)]
-    assert chosen != [policy.chooses(2, i) for i in range(2000)]
+    chosen = [policy.chooses(0, 1, i) for i in range(2000)]
+    assert chosen == [policy.chooses(0, 1, i) for i in range(2000)]
+    assert chosen != [policy.chooses(0, 2, i) for i in range(2000)]
+    assert chosen != [policy.chooses(1, 1, i) for i in range(2000)]
     assert sum(chosen) / 2000 == pytest.approx(0.3, abs=0.03)
-    assert not any(OnPolicy(fraction=0).chooses(0, i) for i in range(100))
-    assert all(OnPolicy(fraction=1).chooses(0, i) for i in range(100))
+    assert not any(OnPolicy(fraction=0).chooses(0, 0, i) for i in range(100))
+    assert all(OnPolicy(fraction=1).chooses(0, 0, i) for i in range(100))
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,8 @@ def test_drafter_and_target_can_both_write(monkeypatch: pytest.MonkeyPatch) -> N
         new = module.on_policy_batch(old, 3)
         again = module.on_policy_batch(old, 3)
         assert torch.equal(new["input_ids"], again["input_ids"])
+        module.run_seed = 1
+        assert not torch.equal(new["input_ids"], module.on_policy_batch(old, 3)["input_ids"])
         assert torch.equal(new["input_ids"][0, :3], old["input_ids"][0, :3])
         assert not torch.equal(new["input_ids"], old["input_ids"])
         assert module.drafter is not None and module.drafter.training

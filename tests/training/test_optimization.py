@@ -28,7 +28,9 @@ def test_a_constant_rate_stays_at_the_peak() -> None:
     assert [ConstantRate(1).scale(step, 3) for step in range(3)] == [0.5, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("options", [{"warmup_steps": -1}, {"final_fraction": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{"warmup_steps": -1}, {"final_fraction": 1.5}, {"decay_steps": 0}]
+)
 def test_a_schedule_refuses_what_makes_no_sense(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         WarmupCosine(**options)  # type: ignore[arg-type]
