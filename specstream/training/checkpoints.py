@@ -2,8 +2,8 @@
 
 `last.ckpt` is written every so many steps or minutes, `best.ckpt` when the validation loss has
 fallen.  A checkpoint is written under a temporary name and then renamed, so the one before survives
-a full disk; a folder of shards (FSDP2), which Lightning writes itself, does not.  Ctrl-C and SIGTERM
-save at the next step boundary, where resuming is exact, and end the run.
+a full disk; a folder of shards (FSDP2), which Lightning writes itself, does not.  Ctrl-C and
+SIGTERM save at the next step boundary, where resuming is exact, and end the run.
 """
 
 from __future__ import annotations
