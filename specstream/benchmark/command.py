@@ -8,6 +8,7 @@ Tables go to stdout, and its last line is the JSON list of all rows; progress go
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -104,8 +105,6 @@ def measure(study: Study, output: Path, arguments: Sequence[str]) -> int:
 
 def publish(output: Path, rows: Sequence[Row]) -> None:
     """Draw the plots and print the tables."""
-    import json
-
     from specstream.benchmark.plots import write_plots
     from specstream.benchmark.tables import print_tables
 
