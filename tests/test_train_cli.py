@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -182,3 +183,26 @@ def test_help_is_shown() -> None:
     )
     assert done.returncode == 0 and "--ckpt_path" in done.stdout and "--run" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("accelerator", ["tpu", "abacus"])
+def test_an_accelerator_that_is_not_here_is_one_line(
+    accelerator: str,
+    config: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = fails(capsys, "--config", config(), "--trainer.accelerator", accelerator)
+    assert line.startswith("config error: trainer: ")
+    assert re.search("torch_xla|invalid accelerator name", line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_package_that_is_not_installed_is_one_line(
+    config: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    line = fails(capsys, "--config", config(), "--wandb.project", "p")
+    assert line.startswith("config error: ") and "wandb" in line

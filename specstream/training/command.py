@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from specstream.config_errors import OneLineErrors
+from specstream.config_errors import ConfigError, OneLineErrors
 from specstream.processors import TextProcessor
 from specstream.training.base import SummedLossModule
 from specstream.training.checkpoints import (
@@ -42,21 +42,40 @@ class TrainParser(OneLineErrors, LightningArgumentParser):
 class SaveRunConfig(SaveConfigCallback):
     """Opens the run folder with config.yaml and provenance.json.
 
-    Later than Lightning would, when data and models are built: a run that fails before leaves
-    nothing behind, and what it was to replace is still there.
+    Later than Lightning would, when data and models are built and every check of the fit is passed:
+    a run that fails before leaves nothing behind.  What it replaces is set aside, and dropped once
+    there is a checkpoint.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Wait for on_fit_start."""
+        """Wait for on_train_start."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.open_run(trainer)
 
     @rank_zero_only
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        run = RunFolder(Path(self.config["run"]))
+        if run.replaced.exists() and run.has_saved():
+            run.settle()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.open_run(trainer)  # where no step was left to train, but the export is to come
+
+    @rank_zero_only
+    def open_run(self, trainer: L.Trainer) -> None:
+        """Write what is known of the run, the first time that this is called."""
+        if self.already_saved:
+            return
+        self.already_saved = True
         run = Path(self.config["run"])
-        if self.config["ckpt_path"] is None:
-            RunFolder(run).clear()
+        resumed = self.config["ckpt_path"] is not None
+        if not resumed:
+            RunFolder(run).set_aside()
         run.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, run / "config.yaml", skip_unset=False, overwrite=True)
-        resumed = self.config["ckpt_path"] is not None
         facts = write_provenance(run / "provenance.json", self.config["seed_everything"], resumed)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -86,7 +105,10 @@ class TrainCLI(LightningCLI):
         self.resume_from = self.run_folder.open(may_exist, self.config["ckpt_path"])
 
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ModuleNotFoundError as error:  # of an option that needs a package that is not here
+            raise ConfigError(f"config error: {error}") from error
         self.model.run_seed = int(self.config["seed_everything"])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -104,7 +126,16 @@ class TrainCLI(LightningCLI):
         keeper = RunCheckpoints(run, writer, checkpoint["every_steps"], checkpoint["every_minutes"])
         bar = [] if configured["enable_progress_bar"] is False else [StepProgress()]
         configured["callbacks"] = [*_as_list(configured["callbacks"]), *bar, keeper]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ModuleNotFoundError, ValueError) as error:
+            raise ConfigError(f"config error: trainer: {error}") from error
+
+    @property
+    def has_opened_run(self) -> bool:
+        """Whether this process has begun to write the run folder."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return any(isinstance(c, SaveRunConfig) and c.already_saved for c in callbacks)
 
 
 def check_devices(accelerator: object, devices: object) -> None:
@@ -166,6 +197,8 @@ def fit_and_export(arguments: list[str]) -> int:
         say(str(failed))
         return 1
     finally:
+        if cli.has_opened_run:
+            cli.run_folder.settle()
         if any(isinstance(logger, WandbLogger) for logger in cli.trainer.loggers):
             import wandb
 

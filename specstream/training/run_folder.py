@@ -4,8 +4,11 @@
         config.yaml  provenance.json  metrics.jsonl  samples.jsonl  (wandb/  wandb.json)
         last.ckpt  best.ckpt          every trained tensor, and what resuming needs
         draft/ or model/              what generation loads
+        .replaced/                    the run before, until this one has saved something
 
-A run that exists is refused, unless it is resumed or `--overwrite true` is given.
+A run that exists is refused, unless it is resumed or `--overwrite true` is given.  A run that is
+overwritten is first set aside: it is given back when its successor fails before a first checkpoint,
+and still lies in `.replaced` when that one was killed.
 """
 
 from __future__ import annotations
@@ -35,10 +38,24 @@ class RunFolder:
     def best(self) -> Path:
         return self.path / "best.ckpt"
 
+    @property
+    def replaced(self) -> Path:
+        return self.path / ".replaced"
+
+    @property
+    def moving(self) -> Path:
+        """What is on its way into `replaced` or back; all of it belongs to one run."""
+        return self.path / ".replaced.part"
+
     def exists(self) -> bool:
         """Whether a training has written here."""
-        names = (*WRITTEN_FILES, *WRITTEN_FOLDERS)
-        return any((self.path / name).exists() for name in names) or any(self.path.glob("*.ckpt"))
+        names = (*WRITTEN_FILES, self.replaced.name, self.moving.name)
+        return self.has_saved() or any((self.path / name).exists() for name in names)
+
+    def has_saved(self) -> bool:
+        """Whether there is something to resume from, or to generate with."""
+        folders = (self.path / name for name in WRITTEN_FOLDERS)
+        return any(self.path.glob("*.ckpt")) or any(folder.exists() for folder in folders)
 
     def open(self, overwrite: bool, ckpt_path: str | None) -> Path | None:
         """Apply the rules; returns the checkpoint to resume from, or None to start anew.
@@ -56,9 +73,11 @@ class RunFolder:
                 raise ValueError(f"ckpt_path: there is no checkpoint {checkpoint}{offer}")
             return checkpoint
         if self.exists() and not overwrite:
+            aside = [str(path) for path in (self.replaced, self.moving) if path.exists()]
             raise ValueError(
                 f"run: {self.path} exists already; give --ckpt_path last to resume it, "
                 "--overwrite true to replace it, or --run another folder"
+                + "".join(f"; the run before it lies in {path}" for path in aside)
             )
         return None
 
@@ -79,22 +98,61 @@ class RunFolder:
         if not os.access(present, os.W_OK | os.X_OK):
             raise ValueError(f"run: '{self.path}' cannot be written: no permission in {present}")
 
+    def set_aside(self) -> None:
+        """Move what an earlier run wrote, and nothing else, into `replaced`.
+
+        What a run wrote that was killed before it saved anything is removed instead: the run that
+        it was to replace is still aside.
+        """
+        if self.replaced.exists() and not self.has_saved():
+            self.clear()
+            return
+        for path in self.written():
+            self.moving.mkdir(exist_ok=True)
+            remove(self.moving / path.name)
+            path.rename(self.moving / path.name)
+        if self.moving.exists():
+            remove(self.replaced)
+            self.moving.rename(self.replaced)
+
+    def settle(self) -> None:
+        """Drop the run that was set aside, or give it back where its successor saved nothing."""
+        if self.replaced.exists() and not self.moving.exists():
+            if self.has_saved():
+                remove(self.replaced)
+                return
+            self.clear()
+            self.replaced.rename(self.moving)
+        if self.moving.exists():
+            for path in self.moving.iterdir():
+                path.rename(self.path / path.name)
+            self.moving.rmdir()
+            say(f"nothing was saved; {self.path} holds the run before again")
+
     def clear(self) -> None:
-        """Remove what an earlier run wrote, and nothing else."""
-        for name in WRITTEN_FILES:
-            (self.path / name).unlink(missing_ok=True)
-        for checkpoint in self.path.glob("*.ckpt*"):
-            if checkpoint.is_dir():  # of a sharded model
-                shutil.rmtree(checkpoint)
-            else:
-                checkpoint.unlink()
-        for name in WRITTEN_FOLDERS:
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        """Remove what a run wrote, and nothing else."""
+        for path in self.written():
+            remove(path)
+
+    def written(self) -> list[Path]:
+        """Return what lies here of a run, nothing that is aside."""
+        paths = [self.path / name for name in (*WRITTEN_FILES, *WRITTEN_FOLDERS)]
+        return [path for path in paths if path.exists()] + sorted(self.path.glob("*.ckpt*"))
 
     def other_checkpoints(self, but: Path) -> list[Path]:
-        """Return the checkpoints of this run, without `but`, the newest first."""
-        found = [path for path in self.path.glob("*.ckpt") if path.resolve() != but.resolve()]
-        return sorted(found, key=lambda path: -path.stat().st_mtime)
+        """Return the checkpoints that lie here, aside too, without `but`; the newest first."""
+        folders = (self.path, self.replaced, self.moving)
+        found = [path for folder in folders for path in folder.glob("*.ckpt")]
+        others = [path for path in found if path.resolve() != but.resolve()]
+        return sorted(others, key=lambda path: -path.stat().st_mtime)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder such as the checkpoint of a sharded model; it may be missing."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @rank_zero_only

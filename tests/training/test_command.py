@@ -70,14 +70,17 @@ def test_a_drafter_is_distilled_and_stands_alone(
 @pytest.mark.parametrize(
     ("option", "line"),
     [
-        ("--trainer.max_steps=-5", "error: `max_steps` must be a non-negative integer or -1"),
+        (
+            "--trainer.max_steps=-5",
+            "config error: trainer: `max_steps` must be a non-negative integer or -1",
+        ),
         (
             "--trainer.max_epochs=-1 --trainer.max_steps=-1",
             "error: trainer: training has no end that a schedule could plan for; give max_steps",
         ),
         pytest.param(
             "--trainer.accelerator=gpu",
-            "error: No supported gpu backend found!",
+            "config error: trainer: No supported gpu backend found!",
             marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU"),
         ),
     ],
@@ -151,3 +154,67 @@ def test_the_seed_of_a_run_reaches_its_module(
     monkeypatch.setattr(LanguageModelingModule, "configure_model", refuse)
     assert train(["--config", write_config("run", language_model), "--seed_everything", "7"]) == 2
     assert capsys.readouterr().err == "error: the seed is 7\n"
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("mistake", "line"),
+    [
+        ("--data.vocab_size=400", "error: the data's tokenizer has "),
+        ("--trainer.val_check_interval=99", "error: `val_check_interval` (99) must be less than"),
+    ],
+)
+def test_a_mistake_while_overwriting_leaves_the_old_run_as_it_was(
+    mistake: str,
+    line: str,
+    tmp_path: Path,
+    write_config: Write,
+    language_model: Config,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_config("run", language_model, check_val_every_n_epoch=1)
+    assert train(["--config", config]) == 0
+    before = files_of(tmp_path / "run")
+    assert train(["--config", config, "--overwrite", "true", mistake]) == 2
+    assert capsys.readouterr().err.startswith(line)
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_gives_the_old_one_back(
+    tmp_path: Path,
+    write_config: Write,
+    language_model: Config,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = write_config("run", language_model)
+    assert train(["--config", config]) == 0
+    run = tmp_path / "run"
+    before = files_of(run)
+
+    def fail(module: LanguageModelingModule, *arguments: object) -> None:
+        moved_aside = {name for name in files_of(run) if name.startswith(".replaced/")}
+        assert moved_aside == {f".replaced/{name}" for name in before}
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModelingModule, "training_step", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train(["--config", config, "--overwrite", "true"])
+    assert files_of(run) == before
+    assert train(["--config", config, "--overwrite", "true", "--data.seed", "5"]) == 0
+    after = files_of(run)
+    assert set(after) == set(before) and after["last.ckpt"] != before["last.ckpt"]
+
+
+def test_a_training_of_no_steps_exports_what_it_began_with(
+    tmp_path: Path, write_config: Write, language_model: Config
+) -> None:
+    assert train(["--config", write_config("run", language_model, max_steps=0)]) == 0
+    assert {"config.yaml", "provenance.json", "model"} <= {
+        p.name for p in (tmp_path / "run").iterdir()
+    }

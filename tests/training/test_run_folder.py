@@ -37,12 +37,72 @@ def test_resuming_is_not_overwriting(old_run: RunFolder) -> None:
         old_run.open(overwrite=False, ckpt_path="best")
 
 
-def test_overwriting_removes_what_a_run_wrote_and_nothing_else(old_run: RunFolder) -> None:
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_overwriting_replaces_what_a_run_wrote_and_nothing_else(old_run: RunFolder) -> None:
     assert old_run.open(overwrite=True, ckpt_path=None) is None
-    (old_run.best).mkdir()  # as of a sharded model
+    old_run.best.mkdir()  # as of a sharded model
     (old_run.best / "shard").touch()
-    old_run.clear()
-    assert [file.name for file in old_run.path.iterdir()] == ["notes.txt"]
+    old_run.set_aside()
+    assert names(old_run.path) == {"notes.txt", ".replaced"}
+    assert names(old_run.replaced) == {"config.yaml", "draft", "last.ckpt", "best.ckpt"}
+    old_run.last.touch()
+    old_run.settle()
+    assert names(old_run.path) == {"notes.txt", "last.ckpt"}
+
+
+def test_a_run_that_was_set_aside_comes_back_where_nothing_was_saved(
+    old_run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = names(old_run.path)
+    old_run.set_aside()
+    for name in ("config.yaml", "metrics.jsonl"):
+        (old_run.path / name).write_text("of the run that failed")
+    old_run.settle()
+    assert names(old_run.path) == before
+    assert (old_run.path / "config.yaml").read_text() == ""
+    assert capsys.readouterr().out.endswith("holds the run before again\n")
+
+
+def test_a_run_set_aside_survives_successors_that_are_killed(old_run: RunFolder) -> None:
+    for _ in range(2):
+        old_run.set_aside()
+        (old_run.path / "config.yaml").write_text("of a run that was killed")
+    assert names(old_run.replaced) == {"config.yaml", "draft", "last.ckpt"}
+    assert (old_run.replaced / "config.yaml").read_text() == ""
+    with pytest.raises(ValueError, match=r"; the run before it lies in .*/run/\.replaced$"):
+        old_run.open(overwrite=False, ckpt_path=None)
+    with pytest.raises(ValueError, match=r"no checkpoint .*; there is .*\.replaced/last\.ckpt"):
+        old_run.open(overwrite=False, ckpt_path="last")
+
+
+def test_what_breaks_off_the_setting_aside_loses_nothing(
+    old_run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = names(old_run.path)
+    rename, moved = Path.rename, []
+
+    def break_off(path: Path, target: Path) -> Path:
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(path)
+        return rename(path, target)
+
+    def set_partly_aside() -> None:
+        moved.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "rename", break_off)
+            old_run.set_aside()
+
+    set_partly_aside()
+    assert old_run.exists()
+    old_run.settle()
+    assert names(old_run.path) == before
+    set_partly_aside()
+    old_run.set_aside()  # a later start takes it up
+    assert names(old_run.replaced) == {"config.yaml", "draft", "last.ckpt"}
 
 
 def test_a_folder_with_other_files_is_no_run(tmp_path: Path) -> None:
