@@ -6,7 +6,7 @@ imports more than torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -57,16 +57,18 @@ class Origin(Enum):
 
 @dataclass(frozen=True, slots=True)
 class TokenDraft:
-    """K drafted tokens and the law each was drawn from.  A chain is a tree with one branch."""
+    """K drafted tokens and the law each was drawn from.  A chain is a tree with one branch.
+
+    The nodes of a tree are ordered by depth, so that a shorter length cuts its deepest nodes.
+    """
 
     tokens: Tensor  # (B, K)
-    probs: (
-        Tensor | None
-    )  # (B, K, V), the paper's q; None: the drafter is deterministic, q is one-hot
+    # (B, K, V), the paper's q; None: the drafter is deterministic, q is one-hot
+    probs: Tensor | None
     lengths: Tensor  # (B,) how many of the K are real in each row
-    parents: Tensor | None = (
-        None  # (B, K) parent node, -1 for the last committed token; None: a chain
-    )
+    # (B, K) parent node, -1 for the last committed token; None: a chain
+    parents: Tensor | None = None
+    height: int | None = None  # nodes on a tree's longest path; None: a chain, K
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,21 @@ class Verdict:
 
     accepted: Tensor  # (B, K) bool; for a chain a prefix
     correction: Tensor  # (B,) the token after the accepted prefix
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a target pass taught about the last committed token and the drafted ones that stood.
+
+    W is the most tokens that could have stood, F the hidden states of the drafter's feature
+    layers side by side.
+    """
+
+    start: Tensor  # (B,) place of the token that was the last committed one before the pass
+    counts: Tensor  # (B,) drafted tokens that stood
+    accepted: Sequence[int]  # the same on the host
+    features: Tensor | None = None  # (B, W+1, F) at that token and those that stood, in order
+    riders: Tensor | None = None  # (B, R, D) the drafter's states at the last that stood
 
 
 @dataclass(frozen=True, slots=True)

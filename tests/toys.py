@@ -14,7 +14,7 @@ from torch import Tensor
 from specstream.models import PretrainedLM, SlotCache, UntrainedLM
 from specstream.processors import TextProcessor
 from specstream.sampling import Sampling, probabilities
-from specstream.structures import Completion
+from specstream.structures import Completion, Observation
 from specstream.verification import TokenRejection
 from specstream.verification.rejection import ChainTests
 
@@ -163,8 +163,15 @@ class ScriptedLM(PretrainedLM):
         return SlotCache(0, batch_size, capacity)
 
     def extend(
-        self, tokens: Tensor, lengths: Tensor, cache: SlotCache, view: int, num_logits: int = 0
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        cache: SlotCache,
+        view: int,
+        num_logits: int = 0,
+        tree: object = None,
     ) -> Tensor:
+        assert tree is None, "a script is a chain"
         self.calls.append(tokens.shape[1])
         slots = lengths[:, None] + torch.arange(tokens.shape[1])
         following = self.script[(slots + 1).clamp(max=len(self.script) - 1)]
@@ -175,3 +182,9 @@ class ScriptedLM(PretrainedLM):
 def spell(text: str) -> list[int]:
     """Return the tokens of letters."""
     return Letters()(text)["input_ids"]
+
+
+def stood(accepted: Sequence[int]) -> Observation:
+    """What a drafter is told when so many of each row's drafted tokens stood."""
+    counts = torch.tensor(accepted)
+    return Observation(torch.zeros_like(counts), counts, accepted)

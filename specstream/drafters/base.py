@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from specstream.models.walk import Rider
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise, Sampling
-from specstream.structures import Context, Law, TokenDraft
+from specstream.structures import MAX_DRAFT, Context, Law, Observation, TokenDraft
 
 
 class Drafter(nn.Module, ABC):
@@ -21,6 +21,10 @@ class Drafter(nn.Module, ABC):
     """
 
     law: ClassVar[Law]
+    trees: bool = False  # whether it drafts trees: the verifier must judge them
+    max_tokens: int = MAX_DRAFT  # the longest chain, or path of a tree, that it can draft
+    # target layers whose hidden states it reads, as `models.walk` numbers them
+    feature_layers: tuple[int, ...] = ()
 
     @abstractmethod
     def new_cache(self, batch_size: int, capacity: int) -> Any:
@@ -32,11 +36,31 @@ class Drafter(nn.Module, ABC):
     ) -> TokenDraft:
         """Guess `num_tokens` tokens after each row's committed ones; only `cache` is changed.
 
-        A row where nothing can be guessed gets a smaller length, down to 0.
+        For a tree `num_tokens` is its height.  A row where nothing can be guessed gets a smaller
+        length, down to 0.
         """
 
-    def observe(self, accepted: Sequence[int], cache: Any) -> None:
-        """Learn how many drafted tokens of each row stood; changes `cache` only."""
+    def read_prompt(self, features: Tensor, first: int, cache: Any) -> None:
+        """Learn features (B, T, F) of the prompt's places first..first+T-1; changes `cache` only.
+
+        In a row that ends earlier the rest is padding, observed anew when the row gets there.
+        Called only where `feature_layers` are asked for.
+        """
+
+    def observe(self, observation: Observation, cache: Any) -> None:
+        """Learn what the target's pass taught; changes `cache` only.
+
+        Called after every round in which some row wanted a draft, and after every round if
+        `feature_layers` are asked for.
+        """
+
+    def attach(self) -> Rider | None:
+        """Return what rides along in target passes, to be observed after; None: nothing."""
+        return None
+
+    def num_slots(self, num_tokens: int) -> int:
+        """Return how many cache slots a target pass over a draft of `num_tokens` writes."""
+        return num_tokens + 1
 
     @abstractmethod
     def check_target(self, target: nn.Module, processor: TextProcessor) -> None:

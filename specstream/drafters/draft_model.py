@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from specstream.models.compilation import compile_shapes
 from specstream.models.pretrained_lm import PretrainedLM
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise, Role, Sampling, draw, probabilities
-from specstream.structures import Context, Law, TokenDraft
+from specstream.structures import Context, Law, Observation, TokenDraft
 
 
 @dataclass(slots=True)
@@ -102,10 +102,12 @@ class DraftModel(Drafter):
             cache.valid = [min(f + width, n) for f, n in zip(first, rows, strict=True)]
             behind = max(n - 2 - v for n, v in zip(rows, cache.valid, strict=True))
 
-    def observe(self, accepted: Sequence[int], cache: DraftCache) -> None:
+    def observe(self, observation: Observation, cache: DraftCache) -> None:
         # The last drafted token was drawn but never read, so its keys and values are missing.
         read = max(cache.drafted - 1, 0)
-        cache.valid = [v + min(a, read) for v, a in zip(cache.valid, accepted, strict=True)]
+        cache.valid = [
+            v + min(a, read) for v, a in zip(cache.valid, observation.accepted, strict=True)
+        ]
 
     def check_target(self, target: nn.Module, processor: TextProcessor) -> None:
         if not isinstance(target, PretrainedLM) or target.vocab_size != self.model.vocab_size:

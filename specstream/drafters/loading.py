@@ -86,7 +86,7 @@ def load_drafter(
 
 
 def _draft_dtype(folder: Path, dtype: str, device: str) -> str:
-    from specstream.models.pretrained_lm import runs_on_gpu
+    from specstream.models.weights import runs_on_gpu
 
     weights = folder / "model.safetensors"  # two bytes a number
     small = weights.is_file() and weights.stat().st_size <= CACHED_BYTES

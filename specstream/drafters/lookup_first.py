@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from specstream.drafters.base import Drafter
 from specstream.drafters.prompt_lookup import LookupCache, PromptLookup
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise, Sampling
-from specstream.structures import Context, Law, TokenDraft
+from specstream.structures import Context, Law, Observation, TokenDraft
 
 
 @dataclass(slots=True)
@@ -50,6 +50,8 @@ class LookupFirst(Drafter):
         self.lookup = PromptLookup(target, min_ngram, max_ngram)
         if self.drafter.law is not Law.DRAWN:
             raise ValueError(f"{type(self.drafter).__name__} does not draw: nothing to look up for")
+        if self.drafter.feature_layers:
+            raise ValueError(f"{type(self.drafter).__name__} reads features: it cannot skip rounds")
 
     def new_cache(self, batch_size: int, capacity: int) -> LookupFirstCache:
         return LookupFirstCache(
@@ -84,10 +86,11 @@ class LookupFirst(Drafter):
             torch.where(found, copied.lengths, drawn.lengths),
         )
 
-    def observe(self, accepted: Sequence[int], cache: LookupFirstCache) -> None:
+    def observe(self, observation: Observation, cache: LookupFirstCache) -> None:
         if cache.ran:  # where a row copied, the wrapped drafter has read tokens that do not stand
-            own = [0 if c else a for a, c in zip(accepted, cache.copied, strict=True)]
-            self.drafter.observe(own, cache.model)
+            rows = zip(observation.accepted, cache.copied, strict=True)
+            own = [0 if copied else accepted for accepted, copied in rows]
+            self.drafter.observe(replace(observation, accepted=own), cache.model)
 
     def check_target(self, target: nn.Module, processor: TextProcessor) -> None:
         self.drafter.check_target(target, processor)

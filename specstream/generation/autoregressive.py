@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from specstream.generation.base import TextPipeline
+from specstream.generation.base import TextPipeline, prefill
 from specstream.generation.batch import Batch
 from specstream.generation.target_pass import empty_draft
 from specstream.models.cache import SlotCache, bucket
@@ -18,6 +18,7 @@ class AutoregressivePipeline(TextPipeline):
 
     def _decode(self, batch: Batch, cache: SlotCache, noise: Noise) -> Iterator[list[Step]]:
         context, stats = batch.context, self.stats
+        prefill(self.target, batch, cache)
         draft = empty_draft(len(batch.indices), self.target.device)
         while batch.rows:
             view = bucket(batch.longest, cache.capacity)

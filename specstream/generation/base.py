@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from specstream.drafters.draft_model import prefill_width
 from specstream.generation.batch import Batch, Limits
@@ -19,6 +20,7 @@ from specstream.models.cache import SlotCache, bucket
 from specstream.models.compilation import compile_shapes
 from specstream.models.pretrained_lm import PretrainedLM
 from specstream.models.quantization import quantization_report
+from specstream.models.walk import walk
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise, Sampling
 from specstream.structures import Completion, Guarantee, Origin, Stats, Step
@@ -135,7 +137,7 @@ class TextPipeline(Pipeline):
 
     @abstractmethod
     def _decode(self, batch: Batch, cache: SlotCache, noise: Noise) -> Iterator[list[Step]]:
-        """Run one prefilled batch to its end, yielding the steps of each round."""
+        """Read the prompts and run one batch to its end, yielding the steps of each round."""
 
     def _new_stats(self) -> Stats:
         return Stats("text", self.guarantee, quantized=self._quantized())
@@ -175,20 +177,32 @@ class TextPipeline(Pipeline):
             self.compiled,
         )
         cache = self.target.new_cache(len(prompts), capacity)
-        prefill(self.target, batch, cache)
         yield from self._decode(batch, cache, noise)
 
 
-def prefill(target: PretrainedLM, batch: Batch, cache: SlotCache) -> None:
+def prefill(
+    target: PretrainedLM,
+    batch: Batch,
+    cache: SlotCache,
+    feature_layers: Sequence[int] = (),
+    show: Callable[[Tensor, int], None] | None = None,
+) -> None:
     """Read all prompt tokens but the last into `cache`; rows end where their prompts end.
 
     A shorter row reads padding too; its slots lie beyond the row's length and are written anew
-    before anything attends to them.
+    before anything attends to them.  `show` is given the features (B, T, F) of `feature_layers`
+    and the place of the first.
     """
     missing, position = batch.longest - 1, 0
     while position < missing:
         width = min(prefill_width(missing - position), cache.capacity - position)
         start = torch.full_like(batch.context.lengths, position)
         chunk = batch.context.tokens[:, position : position + width]
-        target.extend(chunk, start, cache, bucket(position + width, cache.capacity), num_logits=1)
+        view = bucket(position + width, cache.capacity)
+        if show is None:
+            target.extend(chunk, start, cache, view, num_logits=1)
+        else:
+            found = walk(target, chunk, start, cache, view, None, feature_layers, num_logits=1)
+            assert found.features is not None
+            show(found.features, position)
         position += width

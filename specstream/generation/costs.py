@@ -18,7 +18,7 @@ import torch
 from specstream.files import write_whole
 from specstream.generation.batch import Batch
 from specstream.generation.lengths import StepCosts
-from specstream.generation.target_pass import pad_draft
+from specstream.generation.target_pass import observation, pad_draft
 from specstream.sampling import Noise
 from specstream.structures import Stats
 
@@ -61,7 +61,7 @@ def measure_costs(pipeline: SpeculativePipeline) -> StepCosts:
     batch = Batch(
         [[t % pipeline.target.vocab_size for t in range(n)] for n in lengths],
         range(pipeline.batch_size),
-        2 * CONTEXT + 2 * top,
+        2 * CONTEXT + 2 * pipeline.headroom,
         pipeline.limits,
         pipeline.processor,
         Stats("text", pipeline.guarantee),
@@ -70,16 +70,19 @@ def measure_costs(pipeline: SpeculativePipeline) -> StepCosts:
         pipeline.compiled,
     )
     context, noise = batch.context, Noise(0, pipeline.target.device)
-    capacity = batch.context.tokens.shape[1]
+    capacity = context.tokens.shape[1]
     cache = pipeline.target.new_cache(pipeline.batch_size, capacity)
     state = pipeline.drafter.new_cache(pipeline.batch_size, capacity)
     nothing = pipeline.draft(context, state, [0] * len(lengths), noise)
+    # A drafter that lives on what target passes show is shown one.
+    shown = pipeline.verify(context, cache, nothing, noise, riding=True)
+    pipeline.drafter.observe(observation(shown, [0] * len(lengths)), state)
     passes: list[Callable[[], object]] = [lambda: pipeline.verify(context, cache, nothing, noise)]
     for k in pipeline.lengths.choices:
         wanted = [k] * len(lengths)
         # A drafter that finds nothing drafts nothing, but what it finds later is verified.
         made = pad_draft(pipeline.draft(context, state, wanted, noise), k)
-        passes.append(lambda d=made: pipeline.verify(context, cache, d, noise))
+        passes.append(lambda d=made: pipeline.verify(context, cache, d, noise, riding=True))
         passes.append(lambda w=wanted: pipeline.draft(context, state, w, noise))
     plain, *others = fastest(passes)
     verify, draft = [plain] * (top + 1), [0.0] * (top + 1)
@@ -123,7 +126,7 @@ def _key(pipeline: SpeculativePipeline) -> str:
     parts = (
         target.path,
         *(sum(p.numel() for p in model.parameters()) for model in (target, drafter)),
-        type(drafter).__name__,
+        str(drafter),
         type(pipeline.verifier).__name__,
         target.dtype,
         sorted({str(p.dtype) for p in drafter.parameters()}),

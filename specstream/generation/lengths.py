@@ -129,9 +129,13 @@ class _CostModelRow(RowLength):
         self.tested = policy.prior_tokens
         self.accepted = policy.prior_tokens * policy.prior
         self.wait = 0  # plain rounds left before drafting is tried again
+        self.tries = 0  # rounds left to draft in, whatever history says
         self.patience = policy.retry
 
     def choose(self) -> int:
+        if self.tries:
+            self.tries -= 1
+            return self.policy.choices[0]
         best = best_length(self.accepted / self.tested, self.costs, self.policy.choices)
         if best or not self.policy.choices:
             self.wait, self.patience = 0, self.policy.retry
@@ -143,6 +147,7 @@ class _CostModelRow(RowLength):
         if self.wait:
             return 0
         self._forget()
+        self.tries = 1  # one more: a drafter may first have to be shown a target pass
         return self.policy.choices[0]
 
     def _forget(self) -> None:
@@ -153,6 +158,7 @@ class _CostModelRow(RowLength):
     def record(self, drafted: int, accepted: int) -> None:
         if not drafted:
             return
+        self.tries = 0
         tested = min(accepted + 1, drafted)
         self.tested = self.policy.decay * self.tested + tested
         self.accepted = self.policy.decay * self.accepted + accepted

@@ -1,8 +1,9 @@
 """Speculative decoding (Leviathan et al. 2023, Algorithm 1; Chen et al. 2023, Algorithm 2).
 
-A drafter guesses K tokens, the target scores them in one pass, a verifier keeps a prefix and adds
-one token of the target's.  Rows have lengths of their own, so a batch with ragged prompts and
-ragged acceptance is the same loop as batch 1.
+A drafter guesses K tokens, the target scores them in one pass, a verifier keeps a prefix (of a
+tree, a path) and adds one token of the target's.  Drafters that read the target's features, or
+send states of their own along in its pass, are told after it what it showed.  Rows have lengths of
+their own, so a batch with ragged prompts and ragged acceptance is the same loop as batch 1.
 """
 
 from __future__ import annotations
@@ -12,20 +13,27 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from specstream.drafters import Drafter
-from specstream.generation.base import TextPipeline
+from specstream.generation.base import TextPipeline, prefill
 from specstream.generation.batch import Batch, Limits
 from specstream.generation.costs import stored_costs
 from specstream.generation.lengths import CostModelLength, DraftLength, StepCosts
-from specstream.generation.target_pass import Committed, empty_draft, pad_draft
+from specstream.generation.target_pass import (
+    Committed,
+    empty_draft,
+    observation,
+    pad_draft,
+    path_width,
+)
 from specstream.models.cache import SlotCache, bucket
 from specstream.models.pretrained_lm import PretrainedLM
 from specstream.models.quantization import quantization_report
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise, Sampling
 from specstream.structures import Context, Guarantee, Step, TokenDraft
-from specstream.verification import TokenRejection, TokenVerifier
+from specstream.verification import TokenRejection, TokenVerifier, TreeRejection, depths
 
 
 class SpeculativePipeline(TextPipeline):
@@ -51,10 +59,25 @@ class SpeculativePipeline(TextPipeline):
         costs: StepCosts | None = None,
     ) -> None:
         self.drafter = drafter
-        self.verifier = verifier or TokenRejection()
-        self.lengths = lengths or CostModelLength()
+        self.verifier = verifier or (TreeRejection() if drafter.trees else TokenRejection())
+        self.lengths = lengths or CostModelLength(min(8, drafter.max_tokens))
         self.costs = costs
-        self.headroom = self.lengths.max_tokens + 1
+        self.headroom = drafter.num_slots(self.lengths.max_tokens)
+        if self.lengths.max_tokens > drafter.max_tokens:
+            raise ValueError(
+                f"max_tokens {self.lengths.max_tokens} is more than the {drafter.max_tokens} that "
+                f"this {type(drafter).__name__} drafts"
+            )
+        if drafter.trees and not self.verifier.trees:
+            raise ValueError(
+                f"{type(self.verifier).__name__} judges chains; {type(drafter).__name__} drafts "
+                "trees, which TreeRejection judges"
+            )
+        if drafter.trees and any(target.windows.values()):
+            raise ValueError(
+                f"{type(drafter).__name__} drafts trees, which the target's sliding-window layers "
+                "do not support"
+            )
         if drafter.law not in self.verifier.needs:
             names = ", ".join(sorted(law.value for law in self.verifier.needs))
             raise ValueError(
@@ -72,6 +95,16 @@ class SpeculativePipeline(TextPipeline):
     def _decode(self, batch: Batch, cache: SlotCache, noise: Noise) -> Iterator[list[Step]]:
         rows = [self.lengths.for_row(self.costs) for _ in batch.indices]
         state = self.drafter.new_cache(len(rows), cache.capacity)
+        reads = self.drafter.feature_layers
+        prefill(
+            self.target,
+            batch,
+            cache,
+            reads,
+            (lambda features, first: self.drafter.read_prompt(features, first, state))
+            if reads
+            else None,
+        )
         while alive := batch.rows:
             chosen = {row: rows[row].choose() for row in alive}
             wanted = [0] * len(rows)
@@ -79,13 +112,14 @@ class SpeculativePipeline(TextPipeline):
                 wanted[row] = min(chosen[row], batch.remaining[row] - 1)
             shortened = {row for row in alive if wanted[row] < chosen[row]}
             draft = self.draft(batch.context, state, wanted, noise)
-            committed = self.verify(batch.context, cache, draft, noise)
+            committed = self.verify(batch.context, cache, draft, noise, riding=max(wanted) > 0)
             self.stats.target_calls += 1
             self.stats.target_rows += len(alive) * (draft.tokens.shape[1] + 1)
             steps, outcomes = batch.commit(committed, shortened)
-            if max(wanted):
-                self.stats.draft_calls += 1
-                self.drafter.observe([outcome.accepted for outcome in outcomes], state)
+            self.stats.draft_calls += max(wanted) > 0
+            if max(wanted) or reads:
+                accepted = [outcome.accepted for outcome in outcomes]
+                self.drafter.observe(observation(committed, accepted), state)
             for row in alive:
                 rows[row].record(outcomes[row].drafted, outcomes[row].accepted)
             yield steps
@@ -103,21 +137,48 @@ class SpeculativePipeline(TextPipeline):
         draft = self.drafter.propose(context, state, num_tokens, self.sampling, noise)
         if min(wanted) < num_tokens:
             own = torch.tensor(wanted).to(draft.lengths.device)
-            draft = replace(draft, lengths=torch.minimum(draft.lengths, own))
+            draft = replace(draft, lengths=torch.minimum(draft.lengths, _nodes(draft, own)))
         if self.compiled and draft.tokens.shape[1]:
             draft = pad_draft(draft, self.lengths.max_tokens)
         return draft
 
     def verify(
-        self, context: Context, cache: SlotCache, draft: TokenDraft, noise: Noise
+        self,
+        context: Context,
+        cache: SlotCache,
+        draft: TokenDraft,
+        noise: Noise,
+        riding: bool = False,
     ) -> Committed:
-        """Run one target pass over the last committed token and the draft."""
+        """Run one target pass over the last committed token and the draft.
+
+        `riding` says whether what the drafter attaches goes along.
+        """
         longest = max(len(tokens) for tokens in context.history)
-        view = bucket(longest + draft.tokens.shape[1], cache.capacity)
+        rider = self.drafter.attach() if riding else None
+        slots = draft.tokens.shape[1] + 1
+        if rider is not None:
+            slots = self.drafter.num_slots(path_width(draft))
         return self._pass(
-            self.target, self.verifier, self.sampling, noise, context, cache, draft, view
+            self.target,
+            self.verifier,
+            self.sampling,
+            noise,
+            context,
+            cache,
+            draft,
+            bucket(longest - 1 + slots, cache.capacity),
+            self.drafter.feature_layers,
+            rider,
         )
 
     def _quantized(self) -> dict[str, Any]:
         report = quantization_report(self.drafter)
         return super()._quantized() | ({} if report is None else {"drafter": report})
+
+
+def _nodes(draft: TokenDraft, heights: Tensor) -> Tensor:
+    """Return how many nodes (B,) of each row lie no deeper than its height (B,)."""
+    if draft.parents is None:
+        return heights
+    return (depths(draft.parents) <= heights[:, None]).sum(1)

@@ -13,6 +13,8 @@ Shapes: B rows, T new tokens, C capacity, H key-value heads, D head dimension.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -104,34 +106,35 @@ class SlotCache(Cache):
             layer.values.index_copy_(0, write, layer.values.index_select(0, read))
 
 
+@dataclass(frozen=True, slots=True)
+class NodeTree:
+    """How the T queries of a pass hang together when they are nodes of a tree, not a chain."""
+
+    depths: Tensor  # (B, T) steps from the first node, which is the root: places in the sequence
+    ancestors: Tensor  # (B, T, T) bool: node i sees node j, itself included
+
+
 def attention_mask(
-    positions: Tensor, view: int, window: int | None = None, ancestors: Tensor | None = None
+    slots: Tensor, view: int, window: int | None = None, tree: NodeTree | None = None
 ) -> Tensor:
     """Return which slots each query sees, (B, 1, T, view) bool.
 
-    `positions` (B, T) are the slots of the queries, and also their places in the sequence for a
-    chain.  `window` limits the look back (sliding attention).  `ancestors` (B, T, T) bool replaces
-    the causal order among the T queries themselves by a tree's: query i sees query j.  A tree's
-    slots are not its places in the sequence, so it takes no `window`.
+    `slots` (B, T) are those of the queries, and also their places in the sequence for a chain.
+    `window` limits the look back (sliding attention).  With a `tree` a query sees everything
+    before the first query's slot and, of the queries, its own ancestors; their slots may have
+    gaps.  A tree's slots are not its places in the sequence, so it takes no `window`.
     """
-    slots = torch.arange(view, device=positions.device)
-    reach = positions[:, :, None]
-    if ancestors is not None:
+    places = torch.arange(view, device=slots.device)
+    if tree is not None:
         assert window is None, "a window would have to be measured in depths"
-        return _tree_mask(positions, slots, ancestors)
-    mask = slots <= reach
+        before = (places < slots[:, :1, None]).expand(-1, slots.shape[1], -1)  # (B, T, view)
+        own = slots[:, None, :].expand_as(tree.ancestors)
+        return before.scatter(2, own, tree.ancestors)[:, None]
+    reach = slots[:, :, None]
+    mask = places <= reach
     if window is not None:
-        mask = mask & (slots > reach - window)
+        mask = mask & (places > reach - window)
     return mask[:, None]
-
-
-def _tree_mask(positions: Tensor, slots: Tensor, ancestors: Tensor) -> Tensor:
-    """All before the first query, and each query's own ancestors; positions are contiguous."""
-    first = positions[:, :1, None]
-    offset = (slots - first).expand(positions.shape[0], positions.shape[1], slots.shape[0])
-    inside = (offset >= 0) & (offset < positions.shape[1])
-    related = ancestors.gather(2, offset.clamp(0, positions.shape[1] - 1))
-    return torch.where(inside, related, offset < 0)[:, None]
 
 
 def bucket(length: int, capacity: int) -> int:

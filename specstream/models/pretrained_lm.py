@@ -9,23 +9,22 @@ Shapes: B rows, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from specstream.models.cache import SlotCache, attention_mask
+from specstream.models.cache import NodeTree, SlotCache, attention_mask
+from specstream.models.decoder import Decoder, find_decoder
+from specstream.models.supported import layer_windows, refuse_unsupported
+from specstream.models.weights import load_model, resolve_dtype
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ATTENTIONS = ("sdpa", "eager")  # those that take a mask of our own
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 HEAD_SCALINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
@@ -98,7 +97,7 @@ class PretrainedLM(nn.Module):
         ]
         if scaled:
             raise ValueError(f"training a model with {scaled[0]} in its config is not supported")
-        mask = None if documents is None else self._masks(*document_mask(documents))
+        mask = None if documents is None else self.masks(*document_mask(documents))
         base = self.model.base_model
         output = base(
             input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
@@ -116,24 +115,27 @@ class PretrainedLM(nn.Module):
         return SlotCache(self.num_layers, batch_size, capacity)
 
     def extend(
-        self, tokens: Tensor, lengths: Tensor, cache: SlotCache, view: int, num_logits: int = 0
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        cache: SlotCache,
+        view: int,
+        num_logits: int = 0,
+        tree: NodeTree | None = None,
     ) -> Tensor:
         """Run one pass over `cache`: write `tokens` (B, T) at slots lengths + i, return (B, T, V).
 
         `lengths` (B,) is what each row holds already; `view` is how many slots the pass reads and
-        bounds lengths + T.  With `num_logits` only the last so many positions get logits.  Only
-        the cache is changed.
+        bounds lengths + T.  With `num_logits` only the last so many positions get logits; with a
+        `tree` the tokens are its nodes.  Only the cache is changed.
         """
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         slots = lengths[:, None] + steps  # (B, T)
         cache.open(slots, view)
-        places = slots
-        if self.max_positions is not None:  # only nodes past a row's end can lie beyond
-            places = slots.clamp(max=self.max_positions - 1)
         output = self.model(
             input_ids=tokens,
-            attention_mask=self._masks(slots, view),
-            position_ids=places,
+            attention_mask=self.masks(slots, view, tree),
+            position_ids=self.places(slots if tree is None else lengths[:, None] + tree.depths),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=num_logits,
@@ -141,12 +143,26 @@ class PretrainedLM(nn.Module):
         cache.close()
         return output.logits
 
-    def _masks(self, positions: Tensor, view: int | Tensor) -> Any:
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """The model's parts, for passes that read or change what is between its layers.
+
+        Raises ValueError, naming what is missing, for a model that does not come apart.
+        """
+        return find_decoder(self.model)
+
+    def places(self, places: Tensor) -> Tensor:
+        """Keep places in the model's context: only nodes past a row's end can lie beyond."""
+        if self.max_positions is None:
+            return places
+        return places.clamp(max=self.max_positions - 1)
+
+    def masks(self, slots: Tensor, view: int | Tensor, tree: NodeTree | None = None) -> Any:
         """One mask, or one for each kind of layer where a model mixes them."""
 
         def build(window: int | None) -> Tensor:
             if isinstance(view, int):
-                return attention_mask(positions, view, window)
+                return attention_mask(slots, view, window, tree)
             mask = view  # (B, 1, T, T): documents kept apart
             if window is not None:
                 steps = torch.arange(mask.shape[-1], device=mask.device)
@@ -155,6 +171,10 @@ class PretrainedLM(nn.Module):
 
         masks = {name: self._as_attention_reads(build(w)) for name, w in self.windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def mask_of_layer(self, masks: Any, index: int) -> Any:
+        """Pick the mask of layer `index` from what `masks` returned."""
+        return masks[self.config.layer_types[index]] if isinstance(masks, dict) else masks
 
     def _as_attention_reads(self, mask: Tensor) -> Tensor:
         """Eager attention of `transformers` adds its mask to the scores; sdpa takes a bool one."""
@@ -270,113 +290,6 @@ def whole(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def resolve_dtype(name: str, device: str = "auto") -> torch.dtype:
-    """Turn a dtype's name into the dtype; `auto` is bfloat16 where `device` computes in it."""
-    if name == "auto":
-        fast = runs_on_gpu(device) or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def runs_on_gpu(device: str) -> bool:
-    """Whether a model for `device` (auto or a torch device) runs on a GPU."""
-    return device != "cpu" and torch.cuda.is_available()
-
-
-def load_model(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """Load a causal LM from a folder or hub id; one ValueError line for whatever goes wrong."""
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if attn_implementation not in ATTENTIONS:
-        raise ValueError(
-            f"attn_implementation {attn_implementation!r} is not one of {', '.join(ATTENTIONS)}"
-        )
-    folder = Path(path)
-    if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") != 1):
-        raise ValueError(f"no model folder at {path!r}")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{path!r} holds no config.json, so it is not a model folder")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"cannot load a model from {path!r}: {_first_line(error)}") from error
-    refuse_unsupported(config)
-    try:
-        with _without_progress_bars(folder.is_dir()):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-            )
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot load a model from {path!r}: {_first_line(error)}") from error
-    if report["missing_keys"]:  # transformers would draw them at random and warn
-        missing = sorted(report["missing_keys"])
-        raise ValueError(
-            f"{path!r} lacks {len(missing)} of its model's weights, {missing[0]} for one"
-        )
-    return model
-
-
-@contextlib.contextmanager
-def _without_progress_bars(quiet: bool) -> Iterator[None]:
-    """Spare the screen a bar for every local load; downloads keep theirs."""
-    from transformers.utils import logging
-
-    shown = quiet and logging.is_progress_bar_enabled()
-    if shown:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def refuse_unsupported(config: PretrainedConfig) -> None:
-    """Raise ValueError, naming the reason, for a model that a slot a token cannot serve."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    kind = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"model type {kind!r} is an encoder-decoder, not a causal language model")
-    if kind in {"bloom", "mpt"} or getattr(config, "alibi", False):
-        raise ValueError(f"model type {kind!r} uses ALiBi positions, which are not supported")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"model type {kind!r} is not a causal language model of transformers")
-    if config.get_text_config() is not config:
-        raise ValueError(f"model type {kind!r} is multimodal; only its language model would do")
-    if "longrope" in _rope_types(config):  # one long row would change all keys of a batch
-        raise ValueError(f"model type {kind!r} uses longrope positions, which are not supported")
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
-    if kinds or architecture._is_stateful:
-        found = ", ".join(sorted(kinds)) or "recurrent"
-        raise ValueError(f"model type {kind!r} has {found} layers; only attention is supported")
-    if not architecture._can_compile_fullgraph:  # transformers' mark of a static cache
-        raise ValueError(f"model type {kind!r} does not work with a static key-value cache")
-
-
-def _rope_types(config: PretrainedConfig) -> set[str]:
-    """Return the kinds of rotary positions, of the model or of each kind of its layers."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-
-
-def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
-    """Return the look-back of each kind of layer; None sees everything."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        return {k: window if k == "sliding_attention" else None for k in dict.fromkeys(kinds)}
-    return {"full_attention": window if getattr(config, "use_sliding_window", True) else None}
 
 
 def document_mask(documents: Tensor) -> tuple[Tensor, Tensor]:

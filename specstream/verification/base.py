@@ -20,6 +20,7 @@ class TokenVerifier(ABC):
 
     guarantee: ClassVar[Guarantee]
     needs: ClassVar[frozenset[Law]]
+    trees: ClassVar[bool] = False  # whether it judges trees, of which a chain is one
 
     @abstractmethod
     def __call__(

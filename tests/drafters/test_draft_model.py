@@ -13,7 +13,7 @@ from specstream.generation.batch import Batch, Limits
 from specstream.models import PretrainedLM
 from specstream.sampling import Noise, Sampling, draw, probabilities
 from specstream.structures import Context, Guarantee, Stats, TokenDraft
-from tests.toys import joint_law, letters, toy_lm
+from tests.toys import joint_law, letters, stood, toy_lm
 
 VOCABULARY = 7
 PROMPTS = [[1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 0], [3], [2, 5]]
@@ -70,7 +70,7 @@ def test_the_reported_law_is_the_models_after_any_verdict(model: PretrainedLM, n
         check(draft, context, model, sampling)
         rows = [draft.tokens[row, :n].tolist() for row, n in enumerate(accepted)]
         commit(context, [[*tokens, 6] for tokens in rows])
-        drafter.observe(accepted, cache)
+        drafter.observe(stood(accepted), cache)
         if accepted == [0, 4, 4]:  # plain rounds: the drafter is not run, and falls behind
             commit(context, [[1, 2, 3] * 4, [4], [5, 0]])
 
@@ -102,7 +102,7 @@ def test_a_drafter_guesses_up_to_the_end_of_its_own_context() -> None:
     cache = drafter.new_cache(3, 128)
     draft = drafter.propose(context, cache, 5, Sampling(), Noise(0))
     assert draft.lengths.tolist() == [4, 1, 0]
-    drafter.observe([4, 1, 0], cache)
+    drafter.observe(stood([4, 1, 0]), cache)
     commit(context, [[0] * 5, [0, 0], [0]])
     nothing = drafter.propose(context, cache, 5, Sampling(), Noise(0))
     assert nothing.tokens.shape == (3, 0) and nothing.lengths.tolist() == [0, 0, 0]

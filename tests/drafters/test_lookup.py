@@ -12,7 +12,7 @@ from specstream.generation.batch import Batch, Limits
 from specstream.models import PretrainedLM
 from specstream.sampling import Noise, Sampling
 from specstream.structures import Context, Guarantee, Stats
-from tests.toys import letters, spell, toy_lm
+from tests.toys import letters, spell, stood, toy_lm
 
 VOCABULARY = 26
 
@@ -131,7 +131,7 @@ def test_the_model_is_not_run_where_every_row_copies(model: PretrainedLM) -> Non
     drafter = LookupFirst(model, lambda _: inner, 2, 3)
     cache = drafter.new_cache(2, 256)
     draft = drafter.propose(context_of(["abxab", "cdcd"]), cache, 3, Sampling(), Noise(0))
-    drafter.observe([3, 0], cache)
+    drafter.observe(stood([3, 0]), cache)
     assert inner.runs == 0 and draft.probs is None
     cache = drafter.new_cache(2, 256)
     drafter.propose(context_of(["abxab", "abcd"]), cache, 3, Sampling(), Noise(0))
@@ -145,5 +145,5 @@ def test_a_row_that_copied_beside_one_that_did_not_is_read_again(model: Pretrain
     context = context_of(["abxab", "abcd"])
     cache = drafter.new_cache(2, 256)
     drafter.propose(context, cache, 3, Sampling(), Noise(0))
-    drafter.observe([3, 3], cache)
+    drafter.observe(stood([3, 3]), cache)
     assert cache.model.valid == [5, 4 + 2]  # committed; committed and the drafts that were read

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from specstream.models import PretrainedLM, SlotCache
-from specstream.models.cache import attention_mask, bucket
+from specstream.models.cache import NodeTree, attention_mask, bucket
 from tests.toys import toy_lm
 
 VOCABULARY = 11
@@ -100,18 +100,9 @@ def tree_pass(lm: PretrainedLM, cache: SlotCache, nodes: Tensor, lengths: list[i
     ancestors = torch.zeros(5, 5, dtype=torch.bool)
     for node, path in enumerate(PATHS):
         ancestors[node, path] = True
-    start = torch.tensor(lengths)[:, None]
-    slots = start + torch.arange(5)
-    mask = attention_mask(slots, CAPACITY, ancestors=ancestors.expand(2, 5, 5))
-    cache.open(slots, CAPACITY)
+    tree = NodeTree(torch.tensor(DEPTHS).expand(2, 5) - 1, ancestors.expand(2, 5, 5))
     with torch.no_grad():
-        return lm.model(
-            input_ids=nodes,
-            attention_mask=lm._as_attention_reads(mask),
-            position_ids=start + torch.tensor(DEPTHS) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
+        return lm.extend(nodes, torch.tensor(lengths), cache, CAPACITY, tree=tree)
 
 
 @torch.no_grad()
@@ -143,7 +134,8 @@ def test_the_kept_path_of_a_tree_is_a_chain_again(lm: PretrainedLM) -> None:
 
 def test_a_window_over_a_tree_is_refused() -> None:
     with pytest.raises(AssertionError, match="depths"):
-        attention_mask(torch.tensor([[3, 4]]), 8, window=2, ancestors=torch.ones(1, 2, 2).bool())
+        tree = NodeTree(torch.tensor([[0, 1]]), torch.ones(1, 2, 2).tril().bool())
+        attention_mask(torch.tensor([[3, 4]]), 8, window=2, tree=tree)
 
 
 def test_views_are_whole_steps_up_to_the_capacity() -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from specstream.models import PretrainedLM, UntrainedLM
-from specstream.models.pretrained_lm import refuse_unsupported
+from specstream.models.supported import refuse_unsupported
 
 REFUSED = {
     "t5": "model type 't5' is an encoder-decoder, not a causal language model",

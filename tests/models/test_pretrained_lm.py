@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from specstream.models import PretrainedLM, UntrainedLM
-from specstream.models.pretrained_lm import resolve_dtype
+from specstream.models.weights import resolve_dtype
 from tests.toys import sharpened, toy_lm
 
 SIZES = {
