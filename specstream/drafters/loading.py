@@ -16,20 +16,33 @@ from typing import Any
 from torch import nn
 
 from specstream.drafters.base import Drafter
+from specstream.models.fingerprint import fingerprint
+from specstream.models.pretrained_lm import PretrainedLM
 from specstream.processors import TextProcessor
 
 RECORD = "specstream.json"
+WEIGHTS_HERE = "."  # an init_arg `weights` of this value means the folder of the record
 CACHED_BYTES = 4 * 2**20  # bfloat16 weights up to this stay in a core's cache, also as float32
 
 
 def save_drafter(
-    folder: Path, drafter: Drafter, processor: TextProcessor, target_path: str
+    folder: Path,
+    drafter: Drafter,
+    processor: TextProcessor,
+    target_path: str,
+    target_fingerprint: str | None = None,
 ) -> None:
-    """Write `drafter` into `folder`, replacing one that is there only once the new one is whole."""
+    """Write `drafter` into `folder`, replacing one that is there only once the new one is whole.
+
+    A drafter that lives on its target's states is loaded for the target of that fingerprint only.
+    """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     block = drafter.save(temporary, processor)
-    record = {"drafter": block, "target": {"path": target_path}}
+    target: dict[str, Any] = {"path": target_path}
+    if target_fingerprint is not None:
+        target["fingerprint"] = target_fingerprint
+    record = {"drafter": block, "target": target}
     (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     if folder.exists():
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
@@ -64,12 +77,13 @@ def load_drafter(
 ) -> Drafter:
     """Build the drafter of `folder` for `target`, its weights in the `dtype` that suits `device`.
 
-    With `auto`, a draft LM whose weights fit a core's cache computes in float32 on a CPU: products
-    of one row by so small a matrix take a fourth of what their bfloat16 kernels spend on set-up.
+    A drafter that is no model of its own lives on its target's states: it takes the target's dtype
+    and raises ValueError for another target than the one it was trained for.  With `auto`, a draft
+    LM whose weights fit a core's cache computes in float32 on a CPU: products of one row by so
+    small a matrix take a fourth of what their bfloat16 kernels spend on set-up.
     """
-    from specstream.models import PretrainedLM
-
-    block = read_record(folder)["drafter"]
+    record = read_record(folder)
+    block = record["drafter"]
     arguments = dict(block.get("init_args", {}))
     if "model" in arguments:
         arguments["model"] = lambda: PretrainedLM(
@@ -80,9 +94,25 @@ def load_drafter(
     build = getattr(known, name, None) if module == known.__name__ else None
     if build is None:
         raise ValueError(f"{str(folder)!r} names {block['class_path']}, not a specstream drafter")
+    attached = arguments.get("weights") == WEIGHTS_HERE
+    if attached:
+        arguments["weights"] = str(folder)
+        _check_fingerprint(folder, record["target"], target)
     drafter = build(target, **arguments)
     assert isinstance(drafter, Drafter)
+    if attached and isinstance(target, PretrainedLM):
+        drafter.to(target.dtype)
     return drafter.eval().requires_grad_(False)
+
+
+def _check_fingerprint(folder: Path, named: dict[str, Any], target: nn.Module) -> None:
+    assert isinstance(target, PretrainedLM)
+    found, expected = fingerprint(target.model), named.get("fingerprint")
+    if expected is not None and found != expected:
+        raise ValueError(
+            f"{str(folder)!r} was trained for the target {named['path']!r} as it was then "
+            f"(fingerprint {expected}), not for {target.path or 'this one'!r} (fingerprint {found})"
+        )
 
 
 def _draft_dtype(folder: Path, dtype: str, device: str) -> str:

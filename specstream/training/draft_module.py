@@ -14,6 +14,7 @@ from specstream.drafters import Drafter
 from specstream.drafters.loading import save_drafter
 from specstream.generation import DraftLength, Limits, SpeculativePipeline
 from specstream.generation.loading import check_data_tokenizer, check_tokenizers
+from specstream.models.fingerprint import fingerprint
 from specstream.models.pretrained_lm import PretrainedLM
 from specstream.processors import TextProcessor
 from specstream.sampling import Sampling
@@ -114,5 +115,6 @@ class DraftModule(SummedLossModule, ABC):
     def export(self, run: Path, processor: TextProcessor) -> Path:
         """Write `draft/`: the drafter and the name of its target."""
         assert self.target is not None and self.drafter is not None
-        save_drafter(run / "draft", self.drafter, processor, self.target.path)
+        named = fingerprint(self.target.model)
+        save_drafter(run / "draft", self.drafter, processor, self.target.path, named)
         return run / "draft"
