@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -99,6 +100,7 @@ class TrainCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         check_devices(self.config["trainer"]["accelerator"], self.config["trainer"]["devices"])
+        check_numbers(self.config["trainer"], self.config["checkpoint"])
         self.run_folder = RunFolder(Path(self.config["run"]))
         later_process = bool(getattr(rank_zero_only, "rank", None))  # the first one is writing
         may_exist = self.config["overwrite"] or later_process
@@ -128,7 +130,7 @@ class TrainCLI(LightningCLI):
         configured["callbacks"] = [*_as_list(configured["callbacks"]), *bar, keeper]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ModuleNotFoundError, ValueError) as error:
+        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
             raise ConfigError(f"config error: trainer: {error}") from error
 
     @property
@@ -152,6 +154,24 @@ def check_devices(accelerator: object, devices: object) -> None:
             f"config error: trainer.devices: at most {cores} on this machine's CPU cores, "
             f"got {devices}"
         )
+
+
+def check_numbers(trainer: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """Raise ValueError for numbers that Lightning takes and then divides by, and the like."""
+    if trainer["fast_dev_run"]:
+        raise ValueError(
+            "config error: trainer.fast_dev_run: keeps nothing that could be exported; give "
+            "max_steps 2, limit_val_batches 1 and another --run"
+        )
+    for name in ("accumulate_grad_batches", "val_check_interval", "check_val_every_n_epoch"):
+        value = trainer[name]
+        if isinstance(value, int | float) and value <= 0:
+            raise ValueError(f"config error: trainer.{name}: must be above 0, got {value}")
+    numbers = {"trainer.gradient_clip_val": trainer["gradient_clip_val"]}
+    numbers |= {f"checkpoint.{name}": checkpoint[name] for name in ("every_steps", "every_minutes")}
+    for name, value in numbers.items():
+        if value is not None and value < 0:
+            raise ValueError(f"config error: {name}: must be 0 or more, got {value}")
 
 
 def run_training(arguments: list[str]) -> int:

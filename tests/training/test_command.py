@@ -78,6 +78,20 @@ def test_a_drafter_is_distilled_and_stands_alone(
             "--trainer.max_epochs=-1 --trainer.max_steps=-1",
             "error: trainer: training has no end that a schedule could plan for; give max_steps",
         ),
+        ("--trainer.devices=two", "config error: trainer: `devices` selected with "),
+        (
+            "--trainer.accumulate_grad_batches=0",
+            "config error: trainer.accumulate_grad_batches: must be above 0, got 0",
+        ),
+        (
+            "--trainer.val_check_interval=0",
+            "config error: trainer.val_check_interval: must be above 0, got 0",
+        ),
+        (
+            "--checkpoint.every_steps=-1",
+            "config error: checkpoint.every_steps: must be 0 or more, got -1",
+        ),
+        ("--trainer.fast_dev_run=true", "config error: trainer.fast_dev_run: keeps nothing"),
         pytest.param(
             "--trainer.accelerator=gpu",
             "config error: trainer: No supported gpu backend found!",
@@ -85,7 +99,7 @@ def test_a_drafter_is_distilled_and_stands_alone(
         ),
     ],
 )
-def test_what_lightning_refuses_is_one_line(
+def test_what_lightning_or_train_py_refuses_is_one_line(
     option: str,
     line: str,
     tmp_path: Path,
