@@ -4,5 +4,13 @@ from specstream.drafters.base import Drafter
 from specstream.drafters.draft_model import CutDraftModel, DraftModel
 from specstream.drafters.lookup_first import LookupFirst
 from specstream.drafters.prompt_lookup import PromptLookup
+from specstream.drafters.streaming import SpeculativeStreaming
 
-__all__ = ["CutDraftModel", "DraftModel", "Drafter", "LookupFirst", "PromptLookup"]
+__all__ = [
+    "CutDraftModel",
+    "DraftModel",
+    "Drafter",
+    "LookupFirst",
+    "PromptLookup",
+    "SpeculativeStreaming",
+]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,10 @@ class Rider(Protocol):
 
     first_layer: int  # where they join
     num_streams: int  # R, riders for each node
-    upper_layers: Sequence[nn.Module] | None  # layers to use instead of the target's own
+
+    @property
+    def upper_layers(self) -> Sequence[nn.Module] | None:
+        """Return layers to use instead of the target's own from there on; None: the target's."""
 
     def prune(self, hidden: Tensor, tokens: Tensor, tree: NodeTree) -> Tensor | None:
         """Return the nodes (B, M) to go on with, ascending, ancestors included; None: all."""
@@ -35,8 +38,8 @@ class Rider(Protocol):
     def board(self, hidden: Tensor) -> Tensor:
         """Return the riders (B, M, R, D) of nodes with states `hidden` (B, M, D)."""
 
-    def riding(self, num_nodes: int) -> Any:
-        """Return a context in which the first `num_nodes` states of a layer are the target's."""
+    def seat(self, num_nodes: int) -> None:
+        """Learn how many states before the first rider are the target's own, before each use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +101,8 @@ def walk(
         places = lm.places(lengths[:, None] + tree.depths)
         if rider.upper_layers is not None:
             layers[join:] = rider.upper_layers
-        with rider.riding(num_nodes):
-            hidden = climb(hidden, join, top)
+        rider.seat(num_nodes)
+        hidden = climb(hidden, join, top)
     hidden = decoder.norm(hidden)
     nodes, riders = hidden[:, :num_nodes], None
     if rider is not None:

@@ -1,0 +1,206 @@
+"""Training Speculative Streaming: next tokens and the tokens after them, in one forward.
+
+One pass carries the main stream and, from the layer where streams join, the streams of every place
+whose future is scored, side by side along the sequence.  The streams never meet those of another
+place, so what is computed equals what decoding computes node by node.
+
+Shapes: B rows, T tokens, M places with streams, R streams, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from specstream.divergences import CrossEntropy, Divergence, chunked_divergence
+from specstream.drafters import Drafter, SpeculativeStreaming
+from specstream.drafters.loading import save_drafter
+from specstream.models.fingerprint import fingerprint
+from specstream.models.lora import add_adapters, merged
+from specstream.models.pretrained_lm import PretrainedLM, document_mask
+from specstream.models.stream_attention import register
+from specstream.processors import TextProcessor
+from specstream.training.base import Batch, LossSum
+from specstream.training.decoding import HeldOutDecoding
+from specstream.training.draft_module import DraftModule
+from specstream.training.language_modeling import check_row_length
+from specstream.training.optimization import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The states of one forward, after the final norm."""
+
+    main: Tensor  # (B, T, D)
+    joining: Tensor  # (B, T, D) of the main stream where streams join
+    riders: Tensor  # (B, M, R, D)
+    places: Tensor  # (B, M) which places have streams
+    real: Tensor  # (B, M) bool; the rest fills rows up
+
+
+class StreamingModule(DraftModule):
+    """Trains the streams of a target, alone (`lossless`) or together with it (`shared`).
+
+    Loss (eq. 5): the main stream's next token, in mode shared, plus `future_weight` times the
+    token of each stream, plus the early exit's next token.  `divergence` says what the streams
+    learn: `CrossEntropy` the data, as in the paper; others the target's own law at the place ahead.
+    In mode shared adapters of the drafter's `rank` are put on all of the target's layers; `export`
+    merges them, and the tuned target is the one that the drafter names.  `future_weight` 0 trains
+    the target's adapters alone: the baseline of the paper.
+    """
+
+    def __init__(
+        self,
+        drafter: Callable[[nn.Module], Drafter],
+        target: Callable[[], PretrainedLM],
+        future_weight: float = 0.1,
+        divergence: Divergence | None = None,
+        optimizer: OptimizerCallable = AdamW,
+        schedule: Schedule | None = None,
+        decoding: HeldOutDecoding | None = None,
+        chunk_tokens: int = 1024,
+    ) -> None:
+        super().__init__(drafter, target, optimizer, schedule, decoding)
+        if future_weight < 0:
+            raise ValueError(f"future_weight must not be negative, got {future_weight}")
+        self.future_weight = future_weight
+        self.divergence = divergence if divergence is not None else CrossEntropy()
+        self.chunk_tokens = chunk_tokens
+
+    def configure_model(self) -> None:
+        if self.drafter is not None:
+            return
+        if self.device_mesh is not None:
+            raise ValueError("streams share the target's weights, which cannot be sharded; use ddp")
+        super().configure_model()
+        assert self.target is not None
+        if not isinstance(self.drafter, SpeculativeStreaming):
+            raise ValueError(
+                f"{type(self).__name__} trains SpeculativeStreaming, "
+                f"not {type(self.drafter).__name__}"
+            )
+        if self.target.config._attn_implementation != "sdpa":
+            raise ValueError("streams are trained with attn_implementation sdpa only")
+        self.target.model.set_attn_implementation(register())
+        if self.drafter.mode == "shared":
+            add_adapters(
+                self.target.decoder.layers, self.drafter.rank, self.drafter.alpha, self.run_seed
+            )
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        assert self.target is not None
+        check_row_length(self.trainer.datamodule, {"target": self.target})  # type: ignore[attr-defined]
+
+    def loss(self, batch: Batch) -> LossSum:
+        assert isinstance(self.drafter, SpeculativeStreaming) and self.target is not None
+        found = stream_states(self.target, self.drafter, batch)
+        tokens, mask = batch["input_ids"], batch["loss_mask"][:, 1:]
+        head, labels = self.target.head, tokens[:, 1:][mask]
+        count = mask.sum()
+
+        def cross_entropy(hidden: Tensor) -> Tensor:
+            return chunked_divergence(
+                CrossEntropy(), hidden[mask], head, None, None, labels, self.chunk_tokens
+            ).sum()
+
+        exits = self.target.decoder.norm(self.drafter.early_exit(found.joining.detach()))
+        losses = {"early_exit": cross_entropy(exits[:, :-1])}
+        total = losses["early_exit"]
+        if self.drafter.mode == "shared":
+            losses["next_token"] = cross_entropy(found.main[:, :-1])
+            total = total + losses["next_token"]
+        if self.future_weight:
+            futures = self._future(found, batch)
+            losses |= futures
+            ahead = [value for name, value in futures.items() if name.startswith("stream_")]
+            total = total + self.future_weight * torch.stack(ahead).sum()
+        return LossSum(total, count, {name: value.detach() for name, value in losses.items()})
+
+    def _future(self, found: Streams, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss sum of each stream over the scored tokens that it speaks of."""
+        assert self.target is not None
+        head, losses = self.target.head, {}
+        for stream in range(found.riders.shape[2]):
+            ahead = stream + 2  # stream j at place t speaks of token t + 1 + j
+            scored = future_mask(batch, ahead).gather(1, found.places) & found.real  # (B, M)
+            places = (found.places + ahead).clamp(max=batch["input_ids"].shape[1] - 1)
+            labels = batch["input_ids"].gather(1, places)[scored]
+            teacher = None
+            if self.divergence.needs_target:  # the state that says the same token one place on
+                teacher = found.main.detach().take_along_dim((places - 1)[:, :, None], 1)[scored]
+            measures = chunked_divergence(
+                self.divergence,
+                found.riders[:, :, stream][scored],
+                head,
+                teacher,
+                head,
+                labels,
+                self.chunk_tokens,
+            )
+            losses[f"stream_{stream + 1}"] = measures.sum()
+        return losses
+
+    def export(self, run: Path, processor: TextProcessor) -> Path:
+        """Write `draft/`, and in mode shared the tuned target into `model/`."""
+        assert isinstance(self.drafter, SpeculativeStreaming) and self.target is not None
+        target, path = self.target, self.target.path
+        if self.drafter.mode == "shared":
+            target, path = merged(self.target), str(run / "target")
+            target.save(run / "target", processor.tokenizer)
+        save_drafter(run / "draft", self.drafter, processor, path, fingerprint(target.model))
+        return run / "draft"
+
+
+def stream_states(target: PretrainedLM, drafter: SpeculativeStreaming, batch: Batch) -> Streams:
+    """Run the main stream and all streams that are scored through the target, without a cache."""
+    tokens, positions, documents = (batch[name] for name in ("input_ids", "positions", "documents"))
+    decoder, size = target.decoder, tokens.shape[1]
+    _, mask = document_mask(documents)  # (B, 1, T, T)
+    masks = target.masks(documents, mask)
+    hidden = decoder.embed(tokens, positions)
+    told = decoder.told(hidden, positions)
+    for index in range(drafter.first_layer):
+        layer_mask = target.mask_of_layer(masks, index)
+        hidden = decoder.run(decoder.layers[index], hidden, layer_mask, told)
+    joining = hidden
+    places, real = stream_places(batch, drafter.num_streams)
+    riders = drafter.board(joining.take_along_dim(places[:, :, None], 1))  # (B, M, R, D)
+    hidden = torch.cat([joining, riders.flatten(1, 2)], 1)  # (B, T + M R, D)
+    ahead = torch.arange(1, drafter.num_streams + 1, device=tokens.device)
+    rides = positions.gather(1, places)[:, :, None] + ahead  # (B, M, R)
+    told = decoder.told(hidden, target.places(torch.cat([positions, rides.flatten(1)], 1)))
+    told["stream_mask"] = mask[:, 0].take_along_dim(places[:, :, None], 1)  # (B, M, T)
+    drafter.seat(size)
+    layers = drafter.upper_layers or list(decoder.layers)[drafter.first_layer :]
+    for index, layer in enumerate(layers, drafter.first_layer):
+        layer_mask = target.mask_of_layer(masks, index)
+        hidden = decoder.run(layer, hidden, layer_mask, told)
+    hidden = decoder.norm(hidden)
+    return Streams(
+        hidden[:, :size], joining, hidden[:, size:].unflatten(1, riders.shape[1:3]), places, real
+    )
+
+
+def future_mask(batch: Batch, ahead: int) -> Tensor:
+    """Return which places (B, T) have a scored token of their own document `ahead` places on."""
+    documents, scored = batch["documents"], batch["loss_mask"]
+    later = F.pad(documents[:, ahead:], (0, ahead), value=-2)
+    return (later == documents) & F.pad(scored[:, ahead:], (0, ahead), value=False)
+
+
+def stream_places(batch: Batch, num_streams: int) -> tuple[Tensor, Tensor]:
+    """Return the places (B, M) of which some stream is scored, and which of the M are real."""
+    wanted = future_mask(batch, 2)
+    for ahead in range(3, num_streams + 2):
+        wanted = wanted | future_mask(batch, ahead)
+    most = max(int(wanted.sum(1).max()), 1)
+    order = wanted.to(torch.uint8).sort(1, descending=True, stable=True).indices[:, :most]
+    return order, wanted.gather(1, order)
