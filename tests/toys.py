@@ -7,14 +7,17 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from specstream.drafters import Drafter
+from specstream.drafters.static_tree import StaticTree, product_paths
 from specstream.models import PretrainedLM, SlotCache, UntrainedLM
 from specstream.processors import TextProcessor
-from specstream.sampling import Sampling, probabilities
-from specstream.structures import Completion, Observation
+from specstream.sampling import Noise, Role, Sampling, draw, probabilities
+from specstream.structures import Completion, Context, Law, Observation, TokenDraft
 from specstream.verification import TokenRejection
 from specstream.verification.rejection import ChainTests
 
@@ -188,3 +191,64 @@ def stood(accepted: Sequence[int]) -> Observation:
     """What a drafter is told when so many of each row's drafted tokens stood."""
     counts = torch.tensor(accepted)
     return Observation(torch.zeros_like(counts), counts, accepted)
+
+
+class TreeOfLM(Drafter):
+    """Trees of a language model's guesses, made without a cache: slow, and plainly right.
+
+    `branching` children hang on each node of a depth.  `drawn` siblings are drawn without
+    replacement and carry the law they were drawn from; else they are the likeliest tokens.
+    """
+
+    trees = True
+    law = Law.DRAWN
+
+    def __init__(self, lm: PretrainedLM, branching: Sequence[int], drawn: bool) -> None:
+        super().__init__()
+        self.lm, self.branching, self.drawn = lm, branching, drawn
+        self.max_tokens = len(branching)
+        paths = StaticTree(product_paths(branching)).paths
+        places = {path: i for i, path in enumerate(paths)} | {(): -1}
+        self.paths, self.parents = paths, [places[path[:-1]] for path in paths]
+
+    def new_cache(self, batch_size: int, capacity: int) -> None:
+        return None
+
+    @torch.inference_mode()
+    def propose(
+        self, context: Context, cache: None, num_tokens: int, sampling: Sampling, noise: Noise
+    ) -> TokenDraft:
+        paths = [path for path in self.paths if len(path) <= num_tokens]
+        rows = len(context.history)
+        coins = noise.uniform(context.prompts, context.elements(len(paths)), Role.DRAFT)
+        tokens = torch.zeros(rows, len(paths), dtype=torch.long)
+        probs = torch.zeros(rows, len(paths), self.lm.vocab_size)
+        for row, history in enumerate(context.history):
+            texts = {(): list(history)}
+            for node, path in enumerate(paths):
+                law = self._law(texts[path[:-1]], sampling)
+                siblings = [i for i, other in enumerate(paths[:node]) if other[:-1] == path[:-1]]
+                law[tokens[row, siblings]] = 0.0
+                if law.sum() == 0:  # every token that it can say is drafted already
+                    law = torch.ones_like(law)
+                law = law / law.sum()
+                token = (
+                    draw(law[None], coins[row, node : node + 1])[0] if self.drawn else law.argmax()
+                )
+                tokens[row, node], probs[row, node] = token, law
+                texts[path] = [*texts[path[:-1]], int(token)]
+        lengths = torch.full((rows,), len(paths))
+        parents = torch.tensor(self.parents[: len(paths)]).expand(rows, -1)
+        return TokenDraft(tokens, probs if self.drawn else None, lengths, parents, num_tokens)
+
+    def _law(self, text: list[int], sampling: Sampling) -> Tensor:
+        seen = torch.zeros(1, self.lm.vocab_size, dtype=torch.bool)
+        seen[0, text] = True
+        logits = self.lm(torch.tensor([text]))[:, -1]
+        return probabilities(logits, sampling, seen)[0].clone()
+
+    def check_target(self, target: torch.nn.Module, processor: TextProcessor) -> None:
+        """Any target will do."""
+
+    def save(self, folder: Path, processor: TextProcessor) -> dict[str, Any]:
+        raise NotImplementedError

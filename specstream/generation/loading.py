@@ -119,6 +119,11 @@ def build_pipeline(
         )
     guesser = _build_drafter(target, drafter, lookup).eval().requires_grad_(False).to(place)
     check_tokenizers(target, processor, guesser)
+    if guesser.attach() is not None and quantize_models in ("target", "both"):
+        raise ValueError(
+            f"{type(guesser).__name__} shares the target's weights, which int8 would replace on "
+            "one side only"
+        )
     for model, name in ((target, "target"), (guesser, "drafter")):
         if quantize_models in (name, "both"):
             quantize(model, "int8_weight_only")

@@ -39,9 +39,10 @@ from specstream.verification import TokenRejection, TokenVerifier, TreeRejection
 class SpeculativePipeline(TextPipeline):
     """Decodes `target` with `drafter`'s guesses, under `verifier`'s rule.
 
-    `lengths` says how many tokens to draft; a policy that needs costs has them measured at the
-    first run and kept in the user's cache folder, unless `costs` are given.  Raises ValueError
-    when the verifier cannot judge this drafter's law, or the vocabularies differ.
+    `lengths` says how many tokens to draft (of a tree, how deep); the cost model goes no further
+    than the drafter can.  A policy that needs costs has them measured at the first run and kept in
+    the user's cache folder, unless `costs` are given.  Raises ValueError when the verifier cannot
+    judge this drafter's law or trees, or the vocabularies differ.
     """
 
     def __init__(
@@ -60,14 +61,9 @@ class SpeculativePipeline(TextPipeline):
     ) -> None:
         self.drafter = drafter
         self.verifier = verifier or (TreeRejection() if drafter.trees else TokenRejection())
-        self.lengths = lengths or CostModelLength(min(8, drafter.max_tokens))
+        self.lengths = _within(lengths or CostModelLength(), drafter)
         self.costs = costs
         self.headroom = drafter.num_slots(self.lengths.max_tokens)
-        if self.lengths.max_tokens > drafter.max_tokens:
-            raise ValueError(
-                f"max_tokens {self.lengths.max_tokens} is more than the {drafter.max_tokens} that "
-                f"this {type(drafter).__name__} drafts"
-            )
         if drafter.trees and not self.verifier.trees:
             raise ValueError(
                 f"{type(self.verifier).__name__} judges chains; {type(drafter).__name__} drafts "
@@ -175,6 +171,18 @@ class SpeculativePipeline(TextPipeline):
     def _quantized(self) -> dict[str, Any]:
         report = quantization_report(self.drafter)
         return super()._quantized() | ({} if report is None else {"drafter": report})
+
+
+def _within(lengths: DraftLength, drafter: Drafter) -> DraftLength:
+    """Let a policy that chooses choose among what the drafter can; ValueError for another."""
+    if lengths.max_tokens <= drafter.max_tokens:
+        return lengths
+    if isinstance(lengths, CostModelLength):
+        return replace(lengths, max_tokens=drafter.max_tokens)
+    raise ValueError(
+        f"max_tokens {lengths.max_tokens} is more than the {drafter.max_tokens} that this "
+        f"{type(drafter).__name__} drafts"
+    )
 
 
 def _nodes(draft: TokenDraft, heights: Tensor) -> Tensor:

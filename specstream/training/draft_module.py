@@ -105,6 +105,11 @@ class DraftModule(SummedLossModule, ABC):
             )
         check_data_tokenizer(self.target, self.processor)
         self.drafter.check_target(self.target, self.processor)
+        if self.decoding is not None and self.decoding.num_drafted > self.drafter.max_tokens:
+            raise ValueError(
+                f"decoding: num_drafted {self.decoding.num_drafted} is more than the "
+                f"{self.drafter.max_tokens} tokens that this {type(self.drafter).__name__} drafts"
+            )
         check_tokenizers(self.target, self.processor, self.drafter)
 
     def on_validation_epoch_end(self) -> None:

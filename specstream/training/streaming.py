@@ -202,5 +202,5 @@ def stream_places(batch: Batch, num_streams: int) -> tuple[Tensor, Tensor]:
     for ahead in range(3, num_streams + 2):
         wanted = wanted | future_mask(batch, ahead)
     most = max(int(wanted.sum(1).max()), 1)
-    order = wanted.to(torch.uint8).sort(1, descending=True, stable=True).indices[:, :most]
+    order = wanted.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
     return order, wanted.gather(1, order)

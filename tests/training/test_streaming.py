@@ -1,0 +1,78 @@
+"""What training streams computes, changes and saves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specstream.generation import load_run
+from specstream.training.command import run_training
+from specstream.training.streaming import future_mask, stream_places
+from tests.training.conftest import OPTIMIZER, small_model
+
+
+def block(target: str, mode: str, **options: Any) -> dict[str, Any]:
+    return {
+        "class_path": "specstream.training.StreamingModule",
+        "init_args": {
+            "target": {"class_path": "specstream.models.PretrainedLM", "init_args": {
+                "path": target, "dtype": "float32"}},
+            "drafter": {
+                "class_path": "specstream.drafters.SpeculativeStreaming",
+                "init_args": {"num_streams": 2, "mode": mode, "rank": 2},
+            },
+            "optimizer": OPTIMIZER,
+            "chunk_tokens": 16,
+            "decoding": {
+                "class_path": "specstream.training.HeldOutDecoding",
+                "init_args": {"num_prompts": 1, "max_new_tokens": 4, "num_drafted": 2},
+            },
+            **options,
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture
+def target(write_config: Callable[..., str], language_model: dict[str, Any], tmp_path: Path) -> str:
+    assert run_training(["--config", write_config("target", language_model)]) == 0
+    return str(tmp_path / "target" / "model")
+
+
+def losses(run: Path, name: str) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if name in row]
+
+
+@pytest.mark.parametrize("mode", ["lossless", "shared"])
+def test_streams_learn_and_the_run_decodes(
+    mode: str, target: str, write_config: Callable[..., str], tmp_path: Path
+) -> None:
+    config = write_config(mode, block(target, mode), max_steps=16, val_check_interval=16)
+    assert run_training(["--config", config]) == 0
+    run = tmp_path / mode
+    for name in ("train/stream_1", "train/early_exit"):
+        found = losses(run, name)
+        assert sum(found[-4:]) < sum(found[:4]), name
+    names = set(torch.load(run / "last.ckpt", weights_only=False)["state_dict"])
+    assert any("lora" in name for name in names)
+    assert not any("base_layer" in name or "embed_tokens" in name for name in names)
+    decoder = load_run(run, dtype="float32")
+    tuned = mode == "shared"
+    assert decoder.target.path == (str(run / "target") if tuned else target)
+    assert len(decoder.complete(["3 the draft"])[0].tokens) > 0
+
+
+def test_streams_are_scored_where_their_token_is_in_the_same_document() -> None:
+    batch = {
+        "documents": torch.tensor([[0, 0, 0, 0, 1, 1, -1]]),
+        "loss_mask": torch.tensor([[False, False, True, True, True, True, False]]),
+    }
+    assert future_mask(batch, 2).tolist() == [[True, True, False, False, False, False, False]]
+    assert future_mask(batch, 3).tolist() == [[True, False, False, False, False, False, False]]
+    places, real = stream_places(batch, 2)
+    assert places.tolist() == [[0, 1]] and bool(real.all())
