@@ -4,13 +4,16 @@
 
 Reading order: `prompts` (what is decoded), `pair` (the models), `methods` (who decodes), `runners`
 (one warm decoder each), `timing` (alternating runs), `speed` (the table of speeds), `speed_rows`
-(what is derived), `distillation` (the table of divergences), `rows` (the results file), `tables`,
-`plots` and `readme` (what is made of it), `command` (the command line).  `sweep` trains what
-`distillation` compares.
+(what is derived), `distillation` (the table of divergences), `questions`,
+`drafter_study` and `drafter_rows` (the table of drafters, with task metrics), `rows` (the results
+file), `tables`, `plots` and `readme` (what is made of it), `command` (the command line).  `sweep`
+trains what `distillation` compares.
 """
 
 from specstream.benchmark.distillation import DistillationStudy
+from specstream.benchmark.drafter_study import DrafterStudy, JudgedTask
 from specstream.benchmark.methods import (
+    Drafted,
     Method,
     Plain,
     Speculative,
@@ -18,16 +21,21 @@ from specstream.benchmark.methods import (
     TransformersAssisted,
 )
 from specstream.benchmark.prompts import FilePrompts, HeldOutPrompts, PromptSource
+from specstream.benchmark.questions import QuestionFile
 from specstream.benchmark.speed import SpeedStudy
 from specstream.benchmark.study import Study
 
 __all__ = [
     "DistillationStudy",
+    "Drafted",
+    "DrafterStudy",
     "FilePrompts",
     "HeldOutPrompts",
+    "JudgedTask",
     "Method",
     "Plain",
     "PromptSource",
+    "QuestionFile",
     "Speculative",
     "SpeedStudy",
     "Study",

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from torch import nn
+
 from specstream.benchmark.counted_lookup import CountedLookupFirst
-from specstream.benchmark.pair import DraftKind, Pair
+from specstream.benchmark.pair import DraftKind, Pair, draft_folder, is_model
 from specstream.benchmark.runners import Decoding, PipelineRunner, Runner, TransformersRunner
 from specstream.drafters import Drafter, PromptLookup
+from specstream.drafters.loading import RECORD, read_record
 from specstream.generation import (
     AutoregressivePipeline,
     CostModelLength,
     DraftLength,
+    FixedLength,
     SpeculativePipeline,
 )
+from specstream.generation.loading import build_pipeline
+from specstream.structures import MAX_DRAFT
 from specstream.verification import TokenRejection, TokenVerifier
 
 Role = Literal["plain", "transformers", "transformers assisted", "ours"]
@@ -181,3 +189,84 @@ class Speculative(Method):
             return PromptLookup(pair.target)
         drafter = pair.drafter(self.draft)
         return CountedLookupFirst(pair.target, lambda _: drafter) if self.lookup else drafter
+
+
+@dataclass(frozen=True)
+class Drafted(Method):
+    """Our speculative pipeline with a drafter of its own, at batch 1, in the table of drafters.
+
+    Args:
+        name: what the table calls it.
+        run: a run folder, its draft/, or the folder or hub id of a causal LM.
+        drafter: instead of a run, the drafter spelled out; prompt lookup, say.
+        target: whose text is decoded; null is the task's target, or the run's own if it tuned one.
+        baseline: whose plain decoding it is compared with, where that is not the task's target's.
+        lengths: how many tokens are drafted, of a tree how deep; null is all that the drafter was
+            made for, and 5 of one that can go on for ever.
+        verifier: which guesses stand; null is the drafter's usual rule.
+        tasks: names of the tasks it is for; null for all.
+    """
+
+    name: str
+    run: str | None = None
+    drafter: Callable[[nn.Module], Drafter] | None = None
+    target: str | None = None
+    baseline: str | None = None
+    lengths: DraftLength | None = None
+    verifier: TokenVerifier | None = None
+    tasks: list[str] | None = None
+    batch_size = 1
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.drafter is None):
+            raise ValueError(f"method '{self.name}' needs a run or a drafter, and not both")
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    def missing(self) -> str | None:
+        """Say what this method needs and is not there yet; None when all is."""
+        for path in (self.run, self.target, self.baseline):
+            if path is not None and not is_model(path):
+                return f"method '{self.name}': there is no folder '{path}'"
+        if self.run is None or not Path(self.run).is_dir():
+            return None
+        folder = draft_folder(self.run)
+        if not any((folder / name).is_file() for name in (RECORD, "config.json")):
+            return f"method '{self.name}': '{self.run}' holds no finished drafter"
+        return None
+
+    def own_target(self, target: str) -> str:
+        """Return whose text it decodes on a task with `target`: that of a run which tuned its own.
+
+        Raises ValueError when the run was trained for another target than it is to decode.
+        """
+        if self.run is None or not (draft_folder(self.run) / RECORD).is_file():
+            return self.target or target
+        trained_for = str(read_record(draft_folder(self.run))["target"]["path"])
+        tuned = (
+            self.target is None and Path(self.run).resolve() in Path(trained_for).resolve().parents
+        )
+        own = trained_for if tuned else self.target or target
+        if Path(trained_for).resolve() != Path(own).resolve():
+            raise ValueError(
+                f"method '{self.name}': '{self.run}' was trained for the target '{trained_for}', "
+                f"not for '{own}'; name it as the method's target"
+            )
+        return own
+
+    def runners(self, pair: Pair, decoding: Decoding) -> list[Runner]:
+        drafter = self.drafter(pair.target) if self.drafter else pair.load_drafter(str(self.run))
+        endless = drafter.max_tokens == MAX_DRAFT
+        pipeline = build_pipeline(
+            pair.target,
+            lambda _: drafter,
+            sampling=decoding.sampling,
+            limits=decoding.limits,
+            verifier=self.verifier,
+            lengths=self.lengths or (FixedLength() if endless else FixedLength(drafter.max_tokens)),
+            compile=decoding.compile,
+            device=pair.place,
+        )
+        return [PipelineRunner(pipeline, "compiled" if decoding.compile else "eager")]

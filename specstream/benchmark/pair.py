@@ -51,7 +51,7 @@ class Task:
         if not self.prompts:
             raise ValueError(f"task '{self.name}' names no prompts")
         for path in (self.target, *(self.draft_path(kind) for kind in sorted(kinds))):
-            if not Path(path).is_dir() and not looks_like_hub_id(path):
+            if not is_model(path):
                 raise ValueError(f"task '{self.name}': there is no folder '{path}'")
         for source in self.prompts:
             source.check()
@@ -69,6 +69,16 @@ def looks_like_hub_id(path: str) -> bool:
     """Whether a path that is no folder may name a model of the hub: owner/name."""
     owner, _, name = path.partition("/")
     return bool(owner and name) and "/" not in name and not Path(owner).is_dir()
+
+
+def is_model(path: str) -> bool:
+    """Whether a path is a folder, or may name a model of the hub."""
+    return Path(path).is_dir() or looks_like_hub_id(path)
+
+
+def draft_folder(run: str) -> Path:
+    """Return the draft/ of a run folder, or the folder itself."""
+    return Path(run, "draft") if Path(run, "draft").is_dir() else Path(run)
 
 
 class Pair:
@@ -102,7 +112,7 @@ class Pair:
 
     def load_drafter(self, path: str) -> Drafter:
         """Load a drafter from a run folder, its draft/, or the folder or hub id of a causal LM."""
-        folder = Path(path, "draft") if Path(path, "draft").is_dir() else Path(path)
+        folder = draft_folder(path)
         if (folder / RECORD).is_file():
             return self._ready(load_drafter(folder, self.target, self.dtype, device=self.place))
         lm = PretrainedLM(path, self.dtype, self.attention, self.place)

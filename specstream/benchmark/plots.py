@@ -15,9 +15,12 @@ def write_plots(results: Path, rows: Sequence[JsonRow]) -> list[Path]:
 
     matplotlib.use("Agg", force=False)
     tables = make_tables(rows)
-    speeds = [table for table in tables if table.rows[0]["study"] == "speed"]
-    drawn = [(table, "speedup", draw_speedups) for table in speeds]
-    drawn += [(table, "tau", draw_taus) for table in tables if table not in speeds]
+    first = {
+        "speed": ("speedup", draw_speedups),
+        "drafters": ("speedup", draw_call_reductions),
+        "distillation": ("tau", draw_taus),
+    }
+    drawn = [(table, *first[table.rows[0]["study"]]) for table in tables]
     drawn += [(t, "alpha", draw_alphas) for t in tables if any(row["alphas"] for row in t.rows)]
     written = []
     for kind in ("speedup", "tau", "alpha"):
@@ -64,6 +67,24 @@ def draw_speedups(axis: Any, table: Table) -> None:
     axis.axvline(1, color="black", linewidth=0.5)
     axis.set_yticks(places, [method(row) for row in rows])
     axis.set_xlabel("speedup over plain decoding (red: bound, black: 95 %)", fontsize=8)
+
+
+def draw_call_reductions(axis: Any, table: Table) -> None:
+    """Two bars for each drafter: the speedup with its interval, and the call reduction."""
+    rows = [row for row in reversed(table.rows) if row["role"] != "plain"]
+    for shift, key, name, colour in (
+        (0.2, "speedup_vs_plain", "speedup", "#4c72b0"),
+        (-0.2, "call_reduction", "call reduction", "#ccb974"),
+    ):
+        places = [number + shift for number in range(len(rows))]
+        axis.barh(places, [row[key] for row in rows], height=0.4, color=colour, label=name)
+    for place, row in enumerate(rows):
+        if row["speedup_interval"]:
+            axis.plot(row["speedup_interval"], [place + 0.2] * 2, color="black", linewidth=1)
+    axis.axvline(1, color="black", linewidth=0.5)
+    axis.set_yticks(range(len(rows)), [row["method"] for row in rows])
+    axis.set_xlabel("over plain decoding (black: 95 %)", fontsize=8)
+    axis.legend(fontsize=6, loc="lower right")
 
 
 def draw_taus(axis: Any, table: Table) -> None:

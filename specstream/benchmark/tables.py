@@ -69,6 +69,34 @@ def against_baseline(row: JsonRow) -> str:
     return f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}] ({row['relative']:+.1%})"
 
 
+def share_of_same_texts(row: JsonRow) -> str:
+    """Say how many greedy texts are those of plain decoding, and why others are not."""
+    if row["identical_share"] is None:
+        return ""
+    reasons = [f"{row['ties']} ties"] * bool(row["ties"])
+    reasons += [f"{row['differences']} beyond rounding"] * bool(row["differences"])
+    return ", ".join([f"{row['identical_share']:.0%}", *reasons])
+
+
+def drafters_own(key: str, form: str) -> Callable[[JsonRow], str]:
+    """Return a cell for a number that plain decoding does not have."""
+    return lambda row: "" if row["role"] == "plain" else format(row[key], form)
+
+
+def weaker_guarantee(row: JsonRow) -> str:
+    """Return what a method promises where that is less than the target's law."""
+    return "" if row["guarantee"] == "exact law" else str(row["guarantee"])
+
+
+def qualities(rows: Sequence[JsonRow]) -> list[Column]:
+    """Return a column for each score of the task metric, in percent."""
+
+    def cell(name: str) -> Callable[[JsonRow], str]:
+        return lambda row: f"{100 * row['quality'][name]:.2f}"
+
+    return [Column(name.replace("_", " "), cell(name)) for name in rows[0]["quality"]]
+
+
 SPEED = [
     Column("method", method),
     Column("tau", number("tau", ".2f")),
@@ -95,6 +123,26 @@ DISTILLATION = [
     Column("tau against the baseline, paired", against_baseline),
     Column("interval over", lambda row: row["interval_over"] or ""),
 ]
+DRAFTERS = [
+    Column("method", lambda row: row["method"]),
+    Column("speedup", speedup),
+    Column("call reduction", times("call_reduction")),
+]  # then the task metric
+DRAFTERS_AFTER = [
+    Column("extra parameters", drafters_own("extra_parameters", ",")),
+    Column("of Medusa's", drafters_own("share_of_medusa", ".3g")),
+    Column("LoRA parameters", drafters_own("lora_parameters", ",")),
+    Column("tau", number("tau", ".2f")),
+    Column("alpha", number("alpha", ".2f")),
+    Column("drafted", number("mean_length", ".2f")),
+    Column("calls a token", number("calls_per_token", ".3f")),
+    Column("tokens/s", number("tokens_per_second", ".0f")),
+    Column("bound", times("bound")),
+    Column("efficiency", number("efficiency", ".2f")),
+    Column("same text", share_of_same_texts),
+    Column("guarantee", weaker_guarantee),
+    Column("repeated 4-grams", number("repeated_4grams", ".0%")),
+]
 
 
 def make_tables(rows: Sequence[JsonRow]) -> list[Table]:
@@ -114,6 +162,9 @@ def _groups(rows: Sequence[JsonRow]) -> Iterator[tuple[str, list[Column], list[J
         tokens = f"{group[0]['num_prompts']} prompts, {group[0]['max_new_tokens']} new tokens"
         if study == "speed":
             yield f"{task}, {setting} ({sampling}; {tokens})", SPEED, group
+        elif study == "drafters":
+            columns = [*DRAFTERS, *qualities(group), *DRAFTERS_AFTER]
+            yield f"{task} ({sampling}; {tokens} at most)", columns, group
         else:
             steps = f"{group[0]['steps']} steps each, {group[0]['drafted']} drafted"
             yield f"{task}, {sampling} ({steps}; {tokens})", DISTILLATION, group

@@ -91,14 +91,16 @@ def alternate(
 
 
 def warm_up(found: Sequence[Measured], plan: Plan) -> None:
-    """Measure costs and decode the blocks with the longest prompts, so that all shapes were met."""
+    """Measure costs and decode blocks of all lengths, longest first, so that shapes were met."""
     longest = sorted(
         range(len(plan.blocks)),
         key=lambda n: -max(len(plan.prompts[i]) for i in plan.blocks[n]),
     )
+    gaps = max(plan.warmups - 1, 1)
+    chosen = [longest[i * (len(longest) - 1) // gaps] for i in range(plan.warmups)]
     for measured in found:
         _measure_costs(measured)
-        for number in longest[: plan.warmups]:
+        for number in dict.fromkeys(chosen):
             indices = plan.blocks[number]
             measured.runner.run([plan.prompts[i] for i in indices], indices, plan.seed)
         measured.runner.restart_counts()

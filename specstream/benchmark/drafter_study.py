@@ -1,0 +1,197 @@
+"""The table of drafters: many of them for one target, on tasks whose answers can be judged.
+
+The columns are those of Speculative Streaming (Bhendawade et al. 2024, Table 1): speedup, call
+reduction, the task metric of the plain target and of the method, extra parameters; beside them
+what explains these: tau, acceptance, the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from specstream.benchmark.drafter_rows import DrafterRowMaker, Entry
+from specstream.benchmark.methods import Drafted, Plain
+from specstream.benchmark.pair import Pair, Task, is_model
+from specstream.benchmark.questions import QuestionFile
+from specstream.benchmark.rows import Machine, Row, describe_machine
+from specstream.benchmark.runners import Decoding
+from specstream.benchmark.speed import Rounds
+from specstream.benchmark.speed_rows import Result
+from specstream.benchmark.study import Study, say
+from specstream.benchmark.timing import Plan, alternate
+from specstream.generation import Limits
+from specstream.generation.loading import find_device
+from specstream.metrics import TextQuality
+from specstream.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class JudgedTask:
+    """Questions with references, and the model that answers them.
+
+    Args:
+        name: what the table calls it.
+        target: folder or hub id of the target; each method decodes its text unless it has a target
+            of its own.
+        questions: held-out prompts with their references.
+        quality: how an answer is judged.
+    """
+
+    name: str
+    target: str
+    questions: QuestionFile
+    quality: TextQuality
+
+    def check(self) -> None:
+        """Raise ValueError for what can be seen to be wrong before anything is loaded."""
+        if not is_model(self.target):
+            raise ValueError(f"task '{self.name}': there is no folder '{self.target}'")
+        self.questions.check()
+
+
+@dataclass(frozen=True)
+class DrafterStudy(Study):
+    """Decodes questions with every drafter in alternating runs, and judges the answers.
+
+    Args:
+        tasks: questions and the target that answers them.
+        methods: the drafters; plain decoding of every target is measured beside them.
+        samplings: the laws that are decoded.
+        num_prompts: questions of each task, evenly over its file.
+        max_new_tokens: the longest answer; the end of sequence ends one before.
+        repeats: timed runs of every method over all questions; medians count.
+        warmups: questions decoded by everyone before anything is timed, the longest first.
+        only_tasks, only_methods: names, to measure a part.
+        skip_missing: leave out methods whose run is not there, saying so, instead of refusing.
+        seed: of the draws.
+        dtype: of the weights; auto is bfloat16 where the hardware computes in it.
+        device: auto, cpu, cuda or cuda:N.
+        attn_implementation: sdpa or eager.
+        compile: compile our methods; the plain side is the faster of eager and compiled.
+    """
+
+    tasks: list[JudgedTask]
+    methods: list[Drafted]
+    samplings: list[Sampling] = field(default_factory=lambda: [Sampling(temperature=0)])
+    num_prompts: int = 64
+    max_new_tokens: int = 128
+    repeats: int = 3
+    warmups: int = 2
+    only_tasks: list[str] | None = None
+    only_methods: list[str] | None = None
+    skip_missing: bool = False
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    attn_implementation: str = "sdpa"
+    compile: bool = False
+
+    @property
+    def limits(self) -> Limits:
+        """Where an answer ends."""
+        return Limits(self.max_new_tokens)
+
+    def check(self) -> None:
+        if min(self.num_prompts, self.repeats) < 1 or self.warmups < 0:
+            raise ValueError("num_prompts and repeats must be at least 1 and warmups at least 0")
+        self._check_names()
+        for task in self._tasks:
+            task.check()
+            for method in self._asked(task):
+                reason = method.missing()
+                if reason is not None and not self.skip_missing:
+                    raise ValueError(f"{reason} (skip_missing: true leaves it out)")
+                if reason is not None:
+                    say(f"left out of {task.name}: {reason}")
+                else:
+                    method.own_target(task.target)
+            if not self._methods(task):
+                raise ValueError(f"task '{task.name}': no method is left to measure")
+        find_device(self.device)
+
+    def _check_names(self) -> None:
+        tasks, methods = [t.name for t in self.tasks], [m.name for m in self.methods]
+        asked = [*(self.only_tasks or []), *(t for m in self.methods for t in m.tasks or [])]
+        for wanted, known, what in (
+            (asked, tasks, "task"),
+            (self.only_methods or [], methods, "method"),
+        ):
+            unknown = [name for name in wanted if name not in known]
+            if unknown:
+                raise ValueError(f"there is no {what} '{unknown[0]}'; there are {', '.join(known)}")
+        for task in self.tasks:
+            names = [m.name for m in self.methods if m.tasks is None or task.name in m.tasks]
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                raise ValueError(f"task '{task.name}' has two methods named '{twice[0]}'")
+
+    @property
+    def _tasks(self) -> list[JudgedTask]:
+        return [t for t in self.tasks if self.only_tasks is None or t.name in self.only_tasks]
+
+    def _asked(self, task: JudgedTask) -> list[Drafted]:
+        own = [m for m in self.methods if m.tasks is None or task.name in m.tasks]
+        return [m for m in own if self.only_methods is None or m.name in self.only_methods]
+
+    def _methods(self, task: JudgedTask) -> list[Drafted]:
+        return [method for method in self._asked(task) if method.missing() is None]
+
+    def run(self, arguments: Sequence[str]) -> Iterator[list[Row]]:
+        for task in self._tasks:
+            pairs = self.load_targets(task)
+            first = pairs[task.target]
+            dtype = str(first.target.dtype).removeprefix("torch.")
+            machine = describe_machine(first.place, dtype, arguments)
+            for sampling in self.samplings:
+                if self.compile:  # the last law's graphs, each with its packed weights
+                    torch.compiler.reset()
+                rows, complete = self.measure(task, pairs, sampling, machine)
+                yield rows
+                if not complete:
+                    raise KeyboardInterrupt
+
+    def load_targets(self, task: JudgedTask) -> dict[str, Pair]:
+        """Load the task's target, first, and those that its methods name, keyed by their paths."""
+        methods = self._methods(task)
+        named = [p for m in methods for p in (m.own_target(task.target), m.baseline) if p]
+        pairs = {
+            path: Pair(Task(task.name, path, []), self.dtype, self.device, self.attn_implementation)
+            for path in dict.fromkeys([task.target, *named])
+        }
+        known = pairs[task.target].processor.tokenizer.get_vocab()
+        for path, pair in pairs.items():
+            if pair.processor.tokenizer.get_vocab() != known:
+                raise ValueError(f"'{path}' and '{task.target}' have different tokenizers")
+        return pairs
+
+    def measure(
+        self, task: JudgedTask, pairs: dict[str, Pair], sampling: Sampling, machine: Machine
+    ) -> tuple[list[Row], bool]:
+        """Time one task under one law; returns its rows and whether all repeats were run."""
+        questions = task.questions.read(self.num_prompts)
+        first = pairs[task.target]
+        prompts = [first.processor.encode(question.prompt) for question in questions]
+        blocks = [[number] for number in range(len(prompts))]
+        plan = Plan(prompts, blocks, self.repeats, self.warmups, self.seed, first.place)
+        decoding = Decoding(sampling, self.limits, self.compile)
+        entries = [Entry(Result(Plain(), []), path, task.target) for path in pairs]
+        entries += [
+            Entry(Result(m, []), m.own_target(task.target), m.baseline or task.target)
+            for m in self._methods(task)
+        ]
+        runners = [
+            (e, r) for e in entries for r in e.result.method.runners(pairs[e.target], decoding)
+        ]
+        say(f"{task.name}: {len(runners)} decoders, {len(prompts)} questions")
+        progress = Rounds(self.repeats * len(blocks))
+        found, complete = alternate([runner for _, runner in runners], plan, progress.advance)
+        for (entry, _), did in zip(runners, found, strict=True):
+            entry.result.variants.append(did)
+        maker = DrafterRowMaker(
+            task.name, pairs, task.quality, sampling, self.limits, machine, questions, prompts,
+            entries,
+        )  # fmt: skip
+        return [maker.row(entry) for entry in entries], complete

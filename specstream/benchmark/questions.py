@@ -1,0 +1,54 @@
+"""Held-out prompts whose good continuations are known, for the task metrics of text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from specstream.data.records import Location, Template
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt and what a good continuation of it says, in one or several ways."""
+
+    prompt: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class QuestionFile:
+    """The records of a file (.jsonl, .jsonl.gz, .parquet); those of equal prompts are one question.
+
+    Args:
+        path: the file.
+        prompt: template of a prompt, with the fields of a record in braces, as in training.
+        references: templates of the references that a record holds, one or several.
+    """
+
+    path: str
+    prompt: str = "{prompt}"
+    references: list[str] = field(default_factory=lambda: ["{completion}"])
+
+    def check(self) -> None:
+        """Raise ValueError when the file is missing or a template names no field."""
+        if not Path(self.path).is_file():
+            raise ValueError(f"there is no file of questions '{self.path}'")
+        if not self.references:
+            raise ValueError(f"questions '{self.path}': references names no template")
+        for template in (self.prompt, *self.references):
+            if not Template(template).fields():
+                raise ValueError(f"questions '{self.path}': {template!r} names no field in braces")
+
+    def read(self, count: int) -> list[Question]:
+        """Return `count` questions, evenly over the file; ValueError when there are fewer."""
+        prompt = Template(self.prompt)
+        references = [Template(template) for template in self.references]
+        found: dict[str, list[str]] = {}
+        for place, record in Location(self.path).records():
+            answers = found.setdefault(prompt.fill(place, record), [])
+            answers += [template.fill(place, record) for template in references]
+        if len(found) < count:
+            raise ValueError(f"'{self.path}' holds {len(found)} different prompts, not {count}")
+        questions = [Question(text, tuple(answers)) for text, answers in found.items()]
+        return [questions[i * len(questions) // count] for i in range(count)]
