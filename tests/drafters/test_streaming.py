@@ -41,10 +41,14 @@ def gpt2(vocab_size: int = VOCABULARY) -> PretrainedLM:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size, 64, 16, 3, 2, attn_implementation="sdpa")
+    config = GPT2Config(
+        vocab_size=vocab_size, n_positions=64, n_embd=16, n_layer=3, n_head=2,
+        attn_implementation="sdpa",
+    )  # fmt: skip
     model = GPT2LMHeadModel(config).eval().requires_grad_(False)
     for weight in model.parameters():
-        weight.mul_(3.0)
+        if weight.dim() > 1:
+            weight.mul_(8.0)
     return PretrainedLM.of(model)
 
 
@@ -99,14 +103,14 @@ def test_greedy_text_is_the_targets_own(architecture: str, mode: str, kept: int 
 def test_at_temperature_one_the_law_is_the_targets(kept: int | None) -> None:
     target = frozen("llama", 5)
     drafter = streams(target, kept_nodes=kept)
-    decoder = pipeline(drafter, Sampling(), FixedLength(3), 1024)
+    decoder = pipeline(drafter, Sampling(), FixedLength(3), 512)
     prompts = ([0, 1, 2, 1], [3])
-    rows = [prompts[row % 2] for row in range(2048)]
+    rows = [prompts[row % 2] for row in range(1024)]
     found = decoder.complete(rows, seed=3)
     counts = [count_tokens(found[kind::2], slice(1, 4), 5) for kind in range(2)]
     laws = [joint_law(target, prompt, Sampling(), 4).sum(0) / 2 for prompt in prompts]
     assert chi_square(torch.stack(counts), torch.stack(laws)) > 0.01
-    assert sum(decoder.stats.accepted) > 100
+    assert sum(decoder.stats.accepted) > 50
 
 
 def riding(drafter: SpeculativeStreaming, prompt: list[int], nodes: list[int]) -> Any:
@@ -141,7 +145,7 @@ def test_training_computes_the_streams_that_decoding_does(architecture: str, mod
     target = frozen(architecture)
     drafter = streams(target, mode=mode)
     documents = [PROMPTS[0] + [5, 6], PROMPTS[2]]
-    tokens = torch.tensor([sum(documents, [])])
+    tokens = torch.tensor([documents[0] + documents[1]])
     lengths = [len(document) for document in documents]
     batch = {
         "input_ids": tokens,
@@ -219,12 +223,22 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
     from transformers import OPTConfig, OPTForCausalLM
 
     target = frozen("llama")
-    opt = PretrainedLM.of(OPTForCausalLM(OPTConfig(24, 16, 1, 32, num_attention_heads=2)))
+    opt = PretrainedLM.of(
+        OPTForCausalLM(
+            OPTConfig(
+                vocab_size=24,
+                hidden_size=16,
+                num_hidden_layers=1,
+                ffn_dim=32,
+                num_attention_heads=2,
+            )
+        )
+    )
     for options, words in (
         ({"num_streams": 0}, "num_streams 0"),
         ({"stream_layers": 9}, "1..3"),
         ({"branching": [1] * 5}, "height 5 needs as many streams"),
-        ({"branching": [4, 4, 4]}, "1..64 nodes"),
+        ({"branching": [4, 4, 4]}, "84 nodes; a tree has 1..64"),
         ({"paths": [[0, 1]], "branching": None}, r"\[0, 1\] has no parent"),
         ({"mode": "lossy"}, "mode 'lossy'"),
         ({"kept_nodes": 0}, "kept_nodes"),

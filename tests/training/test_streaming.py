@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from specstream.generation import load_run
+from specstream.generation.loading import load_run
 from specstream.training.command import run_training
 from specstream.training.streaming import future_mask, stream_places
-from tests.training.conftest import OPTIMIZER, small_model
+from tests.training.conftest import OPTIMIZER
 
 
 def block(target: str, mode: str, **options: Any) -> dict[str, Any]:
@@ -55,9 +55,10 @@ def test_streams_learn_and_the_run_decodes(
     config = write_config(mode, block(target, mode), max_steps=16, val_check_interval=16)
     assert run_training(["--config", config]) == 0
     run = tmp_path / mode
-    for name in ("train/stream_1", "train/early_exit"):
+    for name in ("train/stream_1", "train/stream_2"):
         found = losses(run, name)
         assert sum(found[-4:]) < sum(found[:4]), name
+    assert len(losses(run, "val/early_exit")) == 1
     names = set(torch.load(run / "last.ckpt", weights_only=False)["state_dict"])
     assert any("lora" in name for name in names)
     assert not any("base_layer" in name or "embed_tokens" in name for name in names)
