@@ -2,5 +2,16 @@
 
 from specstream.verification.base import TokenVerifier
 from specstream.verification.rejection import BlockRejection, TokenRejection
+from specstream.verification.tree import TreeRejection, accepted_path, ancestor_matrix, depths
+from specstream.verification.typical import TypicalAcceptance
 
-__all__ = ["BlockRejection", "TokenRejection", "TokenVerifier"]
+__all__ = [
+    "BlockRejection",
+    "TokenRejection",
+    "TokenVerifier",
+    "TreeRejection",
+    "TypicalAcceptance",
+    "accepted_path",
+    "ancestor_matrix",
+    "depths",
+]
