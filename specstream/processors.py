@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\ufffd"  # what an unfinished multi-byte character decodes to
 MODEL_FILES = ("generation_config.json", "config.json")  # both may name ends of sequence
+WINDOW = 8  # tokens after which a decoding window starts anew
 
 
 class TextProcessor:
@@ -103,24 +104,25 @@ class TextStream:
     """The growing text of one row: committed tokens in, newly printable text out.
 
     A token's text may depend on its neighbours (byte pairs, word pieces), so each piece is decoded
-    together with the tokens before it and only the difference is given out.  With stop strings,
-    text that may still turn out to be the start of one is held back.
+    in a window with tokens before it and only the difference is given out.  The window grows for
+    a few tokens, which takes one decoding a piece; one that moved on each time would take two.
+    With stop strings, text that may still turn out to be the start of one is held back.
     """
 
     def __init__(self, processor: TextProcessor, stop: Sequence[str] = ()) -> None:
         self.processor = processor
         self.stop = tuple(stop)
         self.tokens: list[int] = []
-        self.text = ""  # all text of `tokens`, a stop string and what follows it cut off
+        self.text = ""  # decoded so far, a stop string and what follows it cut off
         self._shown = 0  # characters of `text` already given out
         self._start = 0  # first token of the decoding window
         self._fixed = 0  # tokens whose text is in `text`
+        self._known = ""  # text of the window's tokens up to there
 
     def push(self, tokens: Sequence[int]) -> int | None:
         """Add tokens; return how many of them stay when a stop string ends the row, else None."""
-        if not self.stop:
+        if not self.stop:  # nothing to look for: decoded when it is asked for
             self.tokens.extend(tokens)
-            self._advance()
             return None
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
@@ -135,6 +137,7 @@ class TextStream:
 
     def take(self, final: bool = False) -> str:
         """Return the text that became printable; `final` also gives what was held back."""
+        self._advance()
         end = len(self.text) if final else len(self.text) - self._held_back()
         piece = self.text[self._shown : end]
         self._shown = max(self._shown, end)
@@ -145,12 +148,17 @@ class TextStream:
         self._advance(final=True)
 
     def _advance(self, final: bool = False) -> None:
-        window = self.processor.decode(self.tokens[self._start :])
-        known = self.processor.decode(self.tokens[self._start : self._fixed])
-        if len(window) <= len(known) or (window.endswith(REPLACEMENT) and not final):
+        if self._fixed == len(self.tokens):
             return
-        self.text += window[len(known) :]
-        self._start, self._fixed = self._fixed, len(self.tokens)
+        window = self.processor.decode(self.tokens[self._start :])
+        if len(window) <= len(self._known) or (window.endswith(REPLACEMENT) and not final):
+            return
+        self.text += window[len(self._known) :]
+        self._known = window
+        if len(self.tokens) - self._start > WINDOW:
+            self._start = self._fixed
+            self._known = self.processor.decode(self.tokens[self._start :])
+        self._fixed = len(self.tokens)
 
     def _find(self, before: int) -> int | None:
         longest = max(len(s) for s in self.stop)

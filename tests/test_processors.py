@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from specstream.data.tokenizer import train_tokenizer
-from specstream.processors import REPLACEMENT, TextProcessor, TextStream
+from specstream.processors import REPLACEMENT, WINDOW, TextProcessor, TextStream
 from tests.toys import letters, spell
 
 TEXT = "naïve café, 漢字 and 🙂🙃! Ünïcödé → \u00a0end\n\tx"
@@ -85,17 +85,52 @@ def test_special_tokens_are_not_text(words: TextProcessor) -> None:
     assert "".join(stream(words, [words.encode("ab"), [end], words.encode("cd")])) == "abcd"
 
 
-def test_pieces_of_words_are_joined_as_the_tokenizer_joins_them() -> None:
-    """Spaces that belong to a word's start are not lost between blocks."""
+@pytest.fixture
+def pieces_of_words() -> TextProcessor:
+    """A space belongs to a word's start, and is not shown at the start of a text."""
     from tokenizers import Tokenizer, decoders, models
 
     inner = Tokenizer(
         models.WordLevel({"<unk>": 0, "▁the": 1, "▁cat": 2, "s": 3, "▁sat": 4}, "<unk>")
     )
     inner.decoder = decoders.Metaspace()
-    words = TextProcessor(PreTrainedTokenizerFast(tokenizer_object=inner))
-    pieces = stream(words, [[1], [2], [3, 4], [3]])
+    return TextProcessor(PreTrainedTokenizerFast(tokenizer_object=inner))
+
+
+def test_pieces_of_words_are_joined_as_the_tokenizer_joins_them(
+    pieces_of_words: TextProcessor,
+) -> None:
+    """Spaces that belong to a word's start are not lost between blocks."""
+    pieces = stream(pieces_of_words, [[1], [2], [3, 4], [3]])
     assert pieces == ["the", " cat", "s sat", "s", ""]
+
+
+@pytest.mark.parametrize("size", [1, 3, WINDOW, WINDOW + 1])
+def test_no_space_is_lost_where_a_decoding_window_starts(
+    pieces_of_words: TextProcessor, size: int
+) -> None:
+    tokens = [1, 2, 3, 4] * WINDOW
+    blocks = [tokens[i : i + size] for i in range(0, len(tokens), size)]
+    assert "".join(stream(pieces_of_words, blocks)) == " ".join(["the cats sat"] * WINDOW)
+
+
+def test_text_is_decoded_when_it_is_asked_for_and_in_short_windows(
+    words: TextProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    decode, tokens = words.decode, words.encode("the end" * WINDOW)
+    monkeypatch.setattr(words, "decode", lambda part: (sizes.append(len(part)), decode(part))[1])
+    late, early = TextStream(words), TextStream(words)
+    for token in tokens:
+        late.push([token])
+    assert sizes == []
+    late.take()
+    assert set(sizes) == {len(tokens)}
+    sizes.clear()
+    for token in tokens:
+        early.push([token])
+        early.take()
+    assert max(sizes) == WINDOW + 1 and len(sizes) < 1.2 * len(tokens)
 
 
 @pytest.mark.parametrize(

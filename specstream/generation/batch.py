@@ -99,8 +99,8 @@ class Batch:
         This is the round's one transfer from the device.  `shortened` are the rows that drafted
         less than they would have, because of the limit; such a round is not counted as a full one.
         """
-        heads = torch.stack([committed.drafted, committed.counts], 1)
-        packed = torch.cat([heads, committed.tokens], 1).tolist()
+        columns = [committed.drafted[:, None], committed.counts[:, None], committed.tokens]
+        packed = torch.cat(columns, 1).tolist()
         self.context.lengths, self.context.seen = committed.lengths, committed.seen
         outcomes = [Outcome(drafted, accepted) for drafted, accepted, *_ in packed]
         steps = [
