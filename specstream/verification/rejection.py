@@ -28,7 +28,7 @@ from specstream.verification.base import TokenVerifier
 # rejected with probability 0 in exact arithmetic, so what is drawn there is free, as long as it
 # is a token that p allows.  A trace of p achieves it without a branch: it changes the law by
 # less than 1e-30 elsewhere.
-_TRACE = 1e-30
+TRACE = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,8 @@ class ChainRejection(TokenVerifier):
         p (B, K+1, V); `weights` as in `ChainTests`.  Only the row that is drawn from is made.
         """
         rows = torch.arange(len(nodes), device=p.device)
-        law = _node(p, nodes, rows)
-        trace = law * _TRACE
+        law = node_law(p, nodes, rows)
+        trace = law * TRACE
         if weights is not None:
             law = law * weights.gather(-1, nodes.unsqueeze(-1)).to(law.dtype)
         if draft.tokens.shape[1] == 0:
@@ -86,7 +86,7 @@ class ChainRejection(TokenVerifier):
             kept = law.gather(-1, token).masked_fill(inside, 0.0)
             law = law.scatter(-1, token, kept)  # w p <= 1, so nothing of it is left at the token
         else:
-            law = torch.addcmul(law, _node(draft.probs, last, rows), inside, value=-1.0)
+            law = torch.addcmul(law, node_law(draft.probs, last, rows), inside, value=-1.0)
         return torch.maximum(law, trace)
 
     def __call__(
@@ -98,7 +98,7 @@ class ChainRejection(TokenVerifier):
         tests = self.tests(draft, p)
         passed = noise_accept * tests.denominators < tests.numerators
         count = self.num_accepted(passed)
-        accepted = _positions(draft.tokens) < count.unsqueeze(-1)
+        accepted = positions(draft.tokens) < count.unsqueeze(-1)
         law = self.residual(draft, p, tests.weights, count)
         return Verdict(accepted, draw(law, noise_correct))
 
@@ -115,7 +115,7 @@ class TokenRejection(ChainRejection):
     def tests(self, draft: TokenDraft, p: Tensor) -> ChainTests:
         """Return p(x) over q(x), each given the drafted tokens before it."""
         p_drafted, q_drafted = _at_drafted(draft, p)
-        return ChainTests(p_drafted.masked_fill(_beyond(draft), 0.0), q_drafted, None)
+        return ChainTests(p_drafted.masked_fill(beyond_length(draft), 0.0), q_drafted, None)
 
     def num_accepted(self, passed: Tensor) -> Tensor:
         """Return how many tests (B, K) passed before the first that failed."""
@@ -140,12 +140,12 @@ class BlockRejection(ChainRejection):
     def tests(self, draft: TokenDraft, p: Tensor) -> ChainTests:
         """Return r_i over r_i + 1 - w_i, and the weights w."""
         p_drafted, q_drafted = _at_drafted(draft, p)
-        beyond = _beyond(draft)
+        beyond = beyond_length(draft)
         weights = _block_weights(p_drafted.masked_fill(beyond, 0.0), q_drafted)  # (B, K+1)
         after = weights[:, 1:]  # (B, K)
         inner = self._inner_mass(draft, p, after[:, :-1])  # (B, K-1)
         # At its last token nothing was drafted further: the whole of w p is left over.
-        ends = _positions(draft.tokens) == draft.lengths.unsqueeze(-1) - 1
+        ends = positions(draft.tokens) == draft.lengths.unsqueeze(-1) - 1
         mass = torch.where(ends, after, torch.nn.functional.pad(inner, (0, 1)))
         return ChainTests(mass.masked_fill(beyond, 0.0), mass + (1.0 - after), weights)
 
@@ -163,7 +163,7 @@ class BlockRejection(ChainRejection):
         """Return the length of the longest prefix whose test (B, K) passed."""
         if passed.shape[1] == 0:
             return passed.sum(-1)
-        return ((_positions(passed) + 1) * passed).amax(-1)
+        return ((positions(passed) + 1) * passed).amax(-1)
 
 
 def _block_weights(p_drafted: Tensor, q_drafted: Tensor) -> Tensor:
@@ -187,16 +187,16 @@ def _at_drafted(draft: TokenDraft, p: Tensor) -> tuple[Tensor, Tensor]:
     return p_drafted, draft.probs.gather(-1, tokens).squeeze(-1)
 
 
-def _positions(drafted: Tensor) -> Tensor:
+def positions(drafted: Tensor) -> Tensor:
     """Return 0..K-1 for a tensor (B, K)."""
     return torch.arange(drafted.shape[1], device=drafted.device)
 
 
-def _beyond(draft: TokenDraft) -> Tensor:
+def beyond_length(draft: TokenDraft) -> Tensor:
     """Return a mask (B, K), True where the row has ended."""
-    return _positions(draft.tokens) >= draft.lengths.unsqueeze(-1)
+    return positions(draft.tokens) >= draft.lengths.unsqueeze(-1)
 
 
-def _node(laws: Tensor, nodes: Tensor, rows: Tensor) -> Tensor:
+def node_law(laws: Tensor, nodes: Tensor, rows: Tensor) -> Tensor:
     """Return laws[b, nodes[b]] (B, V) of laws (B, N, V): one row copied, nothing else read."""
     return laws.flatten(0, 1).index_select(0, rows * laws.shape[1] + nodes)

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from specstream.sampling import draw
 from specstream.structures import Guarantee, Law, TokenDraft, Verdict
 from specstream.verification.base import TokenVerifier
-from specstream.verification.rejection import _TRACE, _beyond, _node, _positions
+from specstream.verification.rejection import TRACE, beyond_length, node_law, positions
 
 
 def ancestor_matrix(parents: Tensor) -> Tensor:
@@ -53,14 +53,14 @@ def accepted_path(accepted: Tensor, width: int) -> Tensor:
     longer than `width` is cut; the depth of the tree is always enough.
     """
     size = accepted.shape[1]
-    nodes = torch.where(accepted, _positions(accepted), size).sort(-1).values[:, :width]
+    nodes = torch.where(accepted, positions(accepted), size).sort(-1).values[:, :width]
     return pad(nodes, (0, width - nodes.shape[1]), value=size)
 
 
 def parents_of(draft: TokenDraft) -> Tensor:
     """Return the parents (B, K) of a draft; a chain is a tree in which each node has one child."""
     if draft.parents is None:
-        return (_positions(draft.tokens) - 1).expand_as(draft.tokens)
+        return (positions(draft.tokens) - 1).expand_as(draft.tokens)
     return draft.parents
 
 
@@ -110,7 +110,7 @@ def _one_hot(draft: TokenDraft, parents: Tensor, p: Tensor, noise: Tensor) -> tu
 
     All tests at once: of p only the drafted tokens are read, and one row at the end.
     """
-    nodes, beyond = _positions(draft.tokens), _beyond(draft)
+    nodes, beyond = positions(draft.tokens), beyond_length(draft)
     earlier = (parents.unsqueeze(2) == parents.unsqueeze(1)) & (nodes.unsqueeze(-1) > nodes)
     same = draft.tokens.unsqueeze(2) == draft.tokens.unsqueeze(1)  # (B, K, K) like `earlier`
     void = (earlier & same).any(-1) | beyond  # nothing of p is left there, or there is no node
@@ -121,12 +121,12 @@ def _one_hot(draft: TokenDraft, parents: Tensor, p: Tensor, noise: Tensor) -> tu
     first = passed & ~(earlier & passed.unsqueeze(1)).any(-1)
     accepted = _unbroken(first, parents)
     end = ((nodes + 1) * accepted).amax(-1)  # (B,) the row of p at the path's end
-    law = _node(p, end, torch.arange(len(p), device=p.device))  # (B, V)
+    law = node_law(p, end, torch.arange(len(p), device=p.device))  # (B, V)
     refused = (parents + 1 == end.unsqueeze(-1)) & ~beyond
     # Nodes elsewhere may hold the same token: all write the same value, so no order matters.
     struck = (same & refused.unsqueeze(1)).any(-1)
     left = law.gather(-1, draft.tokens).masked_fill(struck, 0.0)
-    return accepted, torch.maximum(law.scatter(-1, draft.tokens, left), law * _TRACE)
+    return accepted, torch.maximum(law.scatter(-1, draft.tokens, left), law * TRACE)
 
 
 def _scan(draft: TokenDraft, parents: Tensor, p: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,8 +153,8 @@ def _scan(draft: TokenDraft, parents: Tensor, p: Tensor, noise: Tensor) -> tuple
         law.mul_(1.0 - moved).addcmul_(p[:, i + 1], moved)  # the node's own law, to the bit
         here = torch.where(passed, i, here)
         accepted.append(passed)
-    whole = _node(p, here + 1, torch.arange(len(p), device=p.device))
-    return torch.stack(accepted, 1), torch.maximum(law, whole * _TRACE)
+    whole = node_law(p, here + 1, torch.arange(len(p), device=p.device))
+    return torch.stack(accepted, 1), torch.maximum(law, whole * TRACE)
 
 
 def _unbroken(standing: Tensor, parents: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from specstream.sampling import draw
 from specstream.structures import Guarantee, Law, TokenDraft, Verdict
 from specstream.verification.base import TokenVerifier
-from specstream.verification.rejection import _beyond, _node, _positions
+from specstream.verification.rejection import beyond_length, node_law, positions
 from specstream.verification.tree import ancestor_matrix, parents_of, target_at_drafted
 
 
@@ -57,15 +57,15 @@ class TypicalAcceptance(TokenVerifier):
         parents = parents_of(draft)
         seen = ancestor_matrix(parents)  # (B, K, K)
         typical = target_at_drafted(draft, parents, p) > self.floor(p).gather(-1, parents + 1)
-        typical = typical & ~_beyond(draft)
+        typical = typical & ~beyond_length(draft)
         whole = (typical.unsqueeze(1) | ~seen).all(-1)  # with all its ancestors
-        nodes = _positions(draft.tokens)
+        nodes = positions(draft.tokens)
         # The first of the longest: a longer path outweighs every index.
         best = (seen.sum(-1) * whole * len(nodes) - nodes).argmax(-1)  # (B,)
         rows = torch.arange(len(best), device=best.device)
-        accepted = _node(seen, best, rows) & whole
+        accepted = node_law(seen, best, rows) & whole
         end = ((nodes + 1) * accepted).amax(-1)  # (B,) the row of p at the path's end
-        return Verdict(accepted, draw(_node(p, end, rows), noise_correct))
+        return Verdict(accepted, draw(node_law(p, end, rows), noise_correct))
 
     def floor(self, p: Tensor) -> Tensor:
         """Return the probability (...) that a token must exceed under laws p (..., V)."""
