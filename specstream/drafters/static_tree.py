@@ -7,7 +7,9 @@ best token of depth 2 below the best of depth 1.  Shapes: B rows, H depths, R ra
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -67,9 +69,17 @@ class StaticTree(nn.Module):
 
 
 def product_paths(branching: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return the paths of the tree in which each node of depth i has branching[i] children."""
+    """Return the paths of the tree in which each node of depth i has branching[i] children.
+
+    Raises ValueError for numbers that are not positive, and for a tree too large to be listed.
+    """
     if not branching or min(branching) < 1:
         raise ValueError(f"branching {list(branching)} must hold positive numbers")
+    num_nodes = sum(itertools.accumulate(branching, operator.mul))
+    if num_nodes > MAX_DRAFT:
+        raise ValueError(
+            f"branching {list(branching)} makes {num_nodes} nodes; a tree has 1..{MAX_DRAFT}"
+        )
     depths = [[range(n) for n in branching[: i + 1]] for i in range(len(branching))]
     return [path for ranges in depths for path in itertools.product(*ranges)]
 
@@ -78,14 +88,15 @@ def likeliest_paths(accuracies: Sequence[Sequence[float]], num_nodes: int) -> li
     """Return the `num_nodes` paths most likely to stand, if depths err independently.
 
     accuracies[i][r] is how often the guess of rank r at depth i + 1 is right (Cai et al. 2024,
-    Medusa, section 2.3.3: nodes are added greedily by the product along their path).
+    Medusa, section 2.3.3: nodes are added greedily by the product along their path).  A node comes
+    after its parent, and of equals the shallower first, then the one of lower ranks.
     """
-    chances: dict[tuple[int, ...], float] = {}
-    for depth in range(1, len(accuracies) + 1):
-        for path in itertools.product(*(range(len(a)) for a in accuracies[:depth])):
-            chance = 1.0
-            for level, rank in enumerate(path):
-                chance *= accuracies[level][rank]
-            chances[path] = chance
-    best = sorted(chances, key=lambda path: (-chances[path], len(path), path))
-    return best[:num_nodes]
+    found: list[tuple[int, ...]] = []
+    border: list[tuple[float, int, tuple[int, ...]]] = [(-1.0, 0, ())]  # the best comes out first
+    while border and len(found) <= num_nodes:
+        chance, depth, path = heapq.heappop(border)
+        found.append(path)
+        if depth < len(accuracies):
+            for rank, accuracy in enumerate(accuracies[depth]):
+                heapq.heappush(border, (chance * accuracy, depth + 1, (*path, rank)))
+    return found[1:]  # without the root
