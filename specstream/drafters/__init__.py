@@ -3,6 +3,7 @@
 from specstream.drafters.base import Drafter
 from specstream.drafters.draft_model import CutDraftModel, DraftModel
 from specstream.drafters.lookup_first import LookupFirst
+from specstream.drafters.medusa import Medusa
 from specstream.drafters.prompt_lookup import PromptLookup
 from specstream.drafters.streaming import SpeculativeStreaming
 
@@ -11,6 +12,7 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "LookupFirst",
+    "Medusa",
     "PromptLookup",
     "SpeculativeStreaming",
 ]

@@ -11,6 +11,7 @@ from specstream.training.decoding import HeldOutDecoding
 from specstream.training.distillation import DistillationModule
 from specstream.training.draft_module import DraftModule
 from specstream.training.language_modeling import LanguageModelingModule
+from specstream.training.medusa import MedusaModule
 from specstream.training.optimization import ConstantRate, Schedule, WarmupCosine
 from specstream.training.wandb_run import WandbRun
 
@@ -21,6 +22,7 @@ __all__ = [
     "HeldOutDecoding",
     "LanguageModelingModule",
     "LossSum",
+    "MedusaModule",
     "Schedule",
     "SummedLossModule",
     "WandbRun",
