@@ -84,7 +84,7 @@ def draw_call_reductions(axis: Any, table: Table) -> None:
     axis.axvline(1, color="black", linewidth=0.5)
     axis.set_yticks(range(len(rows)), [row["method"] for row in rows])
     axis.set_xlabel("over plain decoding (black: 95 %)", fontsize=8)
-    axis.legend(fontsize=6, loc="lower right")
+    axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_taus(axis: Any, table: Table) -> None:

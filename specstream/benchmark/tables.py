@@ -131,11 +131,12 @@ DRAFTERS = [
 DRAFTERS_AFTER = [
     Column("extra parameters", drafters_own("extra_parameters", ",")),
     Column("of Medusa's", drafters_own("share_of_medusa", ".3g")),
-    Column("LoRA parameters", drafters_own("lora_parameters", ",")),
+    Column(
+        "LoRA parameters", lambda row: f"{row['lora_parameters']:,}" * bool(row["lora_parameters"])
+    ),
     Column("tau", number("tau", ".2f")),
     Column("alpha", number("alpha", ".2f")),
     Column("drafted", number("mean_length", ".2f")),
-    Column("calls a token", number("calls_per_token", ".3f")),
     Column("tokens/s", number("tokens_per_second", ".0f")),
     Column("bound", times("bound")),
     Column("efficiency", number("efficiency", ".2f")),
