@@ -92,11 +92,7 @@ class PretrainedLM(nn.Module):
         Raises ValueError where the model rescales its logits after the head, because a loss on
         these hidden states would then not be a loss on the model's law.
         """
-        scaled = [
-            name for name in HEAD_SCALINGS if getattr(self.config, name, None) not in (None, 1)
-        ]
-        if scaled:
-            raise ValueError(f"training a model with {scaled[0]} in its config is not supported")
+        self._refuse_scaled_logits("training")
         mask = None if documents is None else self.masks(*document_mask(documents))
         base = self.model.base_model
         output = base(
@@ -147,9 +143,16 @@ class PretrainedLM(nn.Module):
     def decoder(self) -> Decoder:
         """The model's parts, for passes that read or change what is between its layers.
 
-        Raises ValueError, naming what is missing, for a model that does not come apart.
+        Raises ValueError, naming what is missing, for a model that does not come apart, and for one
+        that rescales its logits after the head.
         """
+        self._refuse_scaled_logits("drafting with the hidden states of")
         return find_decoder(self.model)
+
+    def _refuse_scaled_logits(self, use: str) -> None:
+        for name in HEAD_SCALINGS:
+            if getattr(self.config, name, None) not in (None, 1):
+                raise ValueError(f"{use} a model with {name} in its config is not supported")
 
     def places(self, places: Tensor) -> Tensor:
         """Keep places in the model's context: only nodes past a row's end can lie beyond."""

@@ -122,7 +122,7 @@ def read(
 ) -> tuple[Tensor, Tensor]:
     """Return what the head reads (B, T, D) and the features (B, T, F), without a cache.
 
-    Arguments as in `PretrainedLM.hidden`.
+    `feature_layers` is not empty; other arguments as in `PretrainedLM.hidden`.
     """
     decoder = lm.decoder
     rows = torch.zeros_like(tokens) if documents is None else documents
