@@ -41,6 +41,10 @@ class Runner(ABC):
     ) -> list[list[int]]:
         """Return the new tokens of each prompt."""
 
+    def warm(self, prompts: Sequence[list[int]], indices: Sequence[int], seed: int) -> None:
+        """Decode off the clock, so that nothing is met for the first time on it."""
+        self.run(prompts, indices, seed)
+
     def take_stats(self) -> Stats | None:
         """Return the counts of the last run; None for a decoder that does not count."""
         return None
@@ -69,6 +73,11 @@ class PipelineRunner(Runner):
     ) -> list[list[int]]:
         done = self.pipeline.complete(prompts, seed=seed, indices=indices)
         return [completion.tokens for completion in done]
+
+    def warm(self, prompts: Sequence[list[int]], indices: Sequence[int], seed: int) -> None:
+        if isinstance(self.pipeline, SpeculativePipeline) and self.pipeline.compiled:
+            self.pipeline.meet_shapes(prompts)
+        self.run(prompts, indices, seed)
 
     def take_stats(self) -> Stats | None:
         return replace(self.pipeline.stats)

@@ -102,7 +102,7 @@ def warm_up(found: Sequence[Measured], plan: Plan) -> None:
         _measure_costs(measured)
         for number in dict.fromkeys(chosen):
             indices = plan.blocks[number]
-            measured.runner.run([plan.prompts[i] for i in indices], indices, plan.seed)
+            measured.runner.warm([plan.prompts[i] for i in indices], indices, plan.seed)
         measured.runner.restart_counts()
 
 

@@ -7,8 +7,9 @@ cannot bias the law.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -162,6 +163,29 @@ class _CostModelRow(RowLength):
         tested = min(accepted + 1, drafted)
         self.tested = self.policy.decay * self.tested + tested
         self.accepted = self.policy.decay * self.accepted + accepted
+
+
+class EachInTurn(DraftLength):
+    """Every length that `policy` may choose, and 0, one after the other: all shapes are met."""
+
+    def __init__(self, policy: DraftLength) -> None:
+        self.max_tokens = policy.max_tokens
+        self._choices = tuple(policy.choices)
+
+    @property
+    def choices(self) -> Sequence[int]:
+        return self._choices
+
+    def for_row(self, costs: StepCosts | None) -> RowLength:
+        return _TurningRow(itertools.cycle((0, *self._choices)))
+
+
+@dataclass(frozen=True)
+class _TurningRow(RowLength):
+    turns: Iterator[int]
+
+    def choose(self) -> int:
+        return next(self.turns)
 
 
 def best_length(acceptance: float, costs: StepCosts, choices: Sequence[int]) -> int:

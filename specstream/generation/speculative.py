@@ -8,7 +8,7 @@ their own, so a batch with ragged prompts and ragged acceptance is the same loop
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from specstream.drafters import Drafter
-from specstream.generation.base import TextPipeline, prefill
+from specstream.generation.base import Prompt, TextPipeline, prefill
 from specstream.generation.batch import Batch, Limits
 from specstream.generation.costs import stored_costs
-from specstream.generation.lengths import CostModelLength, DraftLength, StepCosts
+from specstream.generation.lengths import CostModelLength, DraftLength, EachInTurn, StepCosts
 from specstream.generation.target_pass import (
     Committed,
     empty_draft,
@@ -119,6 +119,19 @@ class SpeculativePipeline(TextPipeline):
             for row in alive:
                 rows[row].record(outcomes[row].drafted, outcomes[row].accepted)
             yield steps
+
+    def meet_shapes(self, prompts: Sequence[Prompt]) -> None:
+        """Decode `prompts` with every draft length in turn, so that all passes are compiled.
+
+        A policy that chooses may come to a length late, and a pass that compiles then stops the
+        text for as long as that takes.
+        """
+        policy = self.lengths
+        self.lengths = EachInTurn(policy)
+        try:
+            self.complete(prompts)
+        finally:
+            self.lengths = policy
 
     def draft(self, context: Context, state: Any, wanted: list[int], noise: Noise) -> TokenDraft:
         """Have the drafter guess as many tokens as the neediest row wants, none beyond a row's own.

@@ -152,3 +152,25 @@ def test_each_row_has_a_history_of_its_own() -> None:
     drafted_rounds(rows[1], 0.0, 20)
     assert rows[0].choose() == 4 and rows[1].choose() <= 1
     assert run(PromptLookup(target, 1, 2), target, policy, CHEAP, 24).draft_calls > 0
+
+
+def test_meeting_all_shapes_drafts_every_length_and_changes_no_policy() -> None:
+    target = toy_lm(26)
+    policy = CostModelLength(4, every=2)
+    drafted: list[int] = []
+
+    class Watched(DraftModel):
+        def propose(self, context, cache, num_tokens, sampling, noise):  # type: ignore[no-untyped-def]
+            drafted.append(num_tokens)
+            return super().propose(context, cache, num_tokens, sampling, noise)
+
+    pipeline = SpeculativePipeline(
+        target, Watched(target, lambda: toy_lm(26, seed=2)), letters(), lengths=policy,
+        limits=Limits(12, ignore_eos=True), costs=DEAR,
+    )  # fmt: skip
+    pipeline.meet_shapes([spell("abc")])
+    assert set(drafted[:2]) == {2, 4}
+    assert pipeline.lengths is policy
+    drafted.clear()
+    pipeline.complete([spell("abc")])
+    assert not drafted, "these costs forbid drafting"
