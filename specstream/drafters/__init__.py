@@ -1,6 +1,7 @@
 """Drafters: they propose, and never decide what is kept."""
 
 from specstream.drafters.base import Drafter
+from specstream.drafters.block import BlockDrafter
 from specstream.drafters.draft_model import CutDraftModel, DraftModel
 from specstream.drafters.lookup_first import LookupFirst
 from specstream.drafters.medusa import Medusa
@@ -8,6 +9,7 @@ from specstream.drafters.prompt_lookup import PromptLookup
 from specstream.drafters.streaming import SpeculativeStreaming
 
 __all__ = [
+    "BlockDrafter",
     "CutDraftModel",
     "DraftModel",
     "Drafter",
