@@ -7,6 +7,7 @@ wandb_run, provenance; command is the body of train.py.
 
 from specstream.training.averaging import WeightAveraging
 from specstream.training.base import LossSum, SummedLossModule
+from specstream.training.block import AcceptedLengthWeights, BlockModule, ExponentialDecay
 from specstream.training.decoding import HeldOutDecoding
 from specstream.training.distillation import DistillationModule
 from specstream.training.draft_module import DraftModule
@@ -16,9 +17,12 @@ from specstream.training.optimization import ConstantRate, Schedule, WarmupCosin
 from specstream.training.wandb_run import WandbRun
 
 __all__ = [
+    "AcceptedLengthWeights",
+    "BlockModule",
     "ConstantRate",
     "DistillationModule",
     "DraftModule",
+    "ExponentialDecay",
     "HeldOutDecoding",
     "LanguageModelingModule",
     "LossSum",
