@@ -82,3 +82,19 @@ def test_a_training_config_parses_as_train_py_parses_it(
     monkeypatch.setattr(command, "TrainCLI", ParseOnly)
     with pytest.raises(Parsed):
         command.run_training(["--config", str(path)])
+
+
+def _recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of a training config's model and data."""
+    config = yaml.safe_load((ROOT / path).read_text())
+    return config["model"]["init_args"], config["data"]["init_args"]
+
+
+OWN_TOKENIZER = [path for path in TRAIN if _recipe(path)[1].get("tokenizer") is None]
+
+
+@pytest.mark.parametrize("path", OWN_TOKENIZER, ids=str)
+def test_a_recipe_that_trains_its_tokenizer_has_a_model_of_that_size(path: Path) -> None:
+    module, data = _recipe(path)
+    assert data["vocab_size"] == module["model"]["init_args"]["vocab_size"]
+    assert data["sequence_length"] <= module["model"]["init_args"]["max_positions"]

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from specstream.data import PromptCompletion, TextDataModule
+from specstream.data import PromptCompletion, RawText, TextDataModule
 
-PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -38,6 +39,8 @@ def test_the_conversion_script_writes_what_the_configs_read(
         Path(name).write_text('mr,ref\n"name[A], area[B]","A ""is"" in B, ü."\n', encoding="utf-8")
     answers = [{"instruction": "i", "input": "", "output": o} for o in ("yes", "")]
     Path("alpaca_data.json").write_text(json.dumps(answers))
+    stories = "".join(f"Story {n}.\n\nThe end.\n<|endoftext|>\n" for n in range(203))
+    Path("TinyStories-train.txt").write_text(stories + "Story cut o")
     [script] = blocks("python")
     exec(compile(script, "data.md", "exec"), {})
     pair = PromptCompletion("data/e2e_nlg/dev.jsonl.gz", prompt="{mr}\n", completion="{ref}")
@@ -45,3 +48,14 @@ def test_the_conversion_script_writes_what_the_configs_read(
     assert document.text == 'name[A], area[B]\nA "is" in B, ü.'
     answered = gzip.decompress(Path("data/alpaca/train.jsonl.gz").read_bytes())
     assert answered.count(b"\n") == 1, "records without an output are left out"
+    held_out = list(RawText("data/tinystories/heldout.jsonl.gz").documents(None))
+    assert len(held_out) == 200 and held_out[-1].text == "Story 202.\n\nThe end."
+    assert len(list(RawText("data/tinystories/train.jsonl.gz").documents(None))) == 3
+
+
+def test_the_page_says_where_the_data_of_every_recipe_comes_from() -> None:
+    recipes = (ROOT / "configs" / "train").glob("*.yaml")
+    folders = {name for path in recipes for name in re.findall(r"data/(\w+)/", path.read_text())}
+    assert {"gsm8k", "tinystories"} <= folders
+    described = set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE))
+    assert folders <= described
