@@ -3,6 +3,7 @@
 from specstream.drafters.base import Drafter
 from specstream.drafters.block import BlockDrafter
 from specstream.drafters.draft_model import CutDraftModel, DraftModel
+from specstream.drafters.eagle import Eagle3
 from specstream.drafters.lookup_first import LookupFirst
 from specstream.drafters.medusa import Medusa
 from specstream.drafters.prompt_lookup import PromptLookup
@@ -13,6 +14,7 @@ __all__ = [
     "CutDraftModel",
     "DraftModel",
     "Drafter",
+    "Eagle3",
     "LookupFirst",
     "Medusa",
     "PromptLookup",

@@ -33,11 +33,11 @@ from specstream.drafters.sequential import (
     draw_in_turn,
     with_previous,
 )
-from specstream.drafters.streaming import load_tensors
+from specstream.drafters.stored import read_tensors, write_tensors
 from specstream.models.block_layers import BlockNetwork, BlockShape, Injected
 from specstream.models.cache import bucket
 from specstream.models.compilation import compile_shapes
-from specstream.models.pretrained_lm import PretrainedLM, whole
+from specstream.models.pretrained_lm import PretrainedLM
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise, Role, Sampling, draw, probabilities
 from specstream.structures import MAX_DRAFT, Context, Law, Observation, TokenDraft
@@ -132,7 +132,7 @@ class BlockDrafter(Drafter):
             self.markov = MarkovHead(target.vocab_size, markov_rank) if markov_rank else None
             self.confidence = ConfidenceHead(shape.hidden_size, markov_rank) if confidence else None
         if weights is not None:
-            self._load(Path(weights, WEIGHTS))
+            read_tensors(Path(weights, WEIGHTS), self.state_dict())
 
     @property
     def target(self) -> PretrainedLM:
@@ -263,13 +263,7 @@ class BlockDrafter(Drafter):
             raise ValueError("a block drafter reads the target that it was built for, and no other")
 
     def save(self, folder: Path, processor: TextProcessor) -> dict[str, Any]:
-        from safetensors.torch import save
-
-        tensors = {
-            name: whole(tensor).to(torch.bfloat16).contiguous().cpu()
-            for name, tensor in self.state_dict().items()
-        }
-        (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+        write_tensors(folder / WEIGHTS, self.state_dict())
         sizes = asdict(self.network.shape)
         del sizes["hidden_size"], sizes["num_features"]  # the target's, and the feature layers'
         return {
@@ -283,12 +277,6 @@ class BlockDrafter(Drafter):
                 "weights": ".",
             },
         }
-
-    def _load(self, path: Path) -> None:
-        tensors, own = load_tensors(path), self.state_dict()
-        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in own.items()}:
-            raise ValueError(f"{str(path)!r} holds the weights of another block drafter than this")
-        self.load_state_dict(tensors)
 
 
 def _feature_layers(wanted: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from specstream.drafters.base import Drafter
 from specstream.drafters.features import FeatureBuffer
 from specstream.drafters.static_tree import StaticTree, likeliest_paths, product_paths
+from specstream.drafters.stored import read_tensors, write_tensors
 from specstream.models.compilation import compile_shapes
 from specstream.models.pretrained_lm import PretrainedLM
 from specstream.processors import TextProcessor
@@ -109,7 +110,7 @@ class Medusa(Drafter):
             paths = product_paths(branching)
         self.hang(paths if paths is not None else default_paths(num_heads, self.vocab_size))
         if weights is not None:
-            self._load(Path(weights, WEIGHTS))
+            read_tensors(Path(weights, WEIGHTS), self.state_dict())
 
     @property
     def like(self) -> Tensor:
@@ -188,13 +189,7 @@ class Medusa(Drafter):
             )
 
     def save(self, folder: Path, processor: TextProcessor) -> dict[str, Any]:
-        from safetensors.torch import save
-
-        tensors = {
-            name: tensor.detach().to(torch.bfloat16).contiguous().cpu()
-            for name, tensor in self.state_dict().items()
-        }
-        (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+        write_tensors(folder / WEIGHTS, self.state_dict())
         return {
             "class_path": "specstream.drafters.Medusa",
             "init_args": {
@@ -204,24 +199,6 @@ class Medusa(Drafter):
                 "weights": ".",
             },
         }
-
-    def _load(self, path: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        try:
-            tensors = load(path.read_bytes())
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read {str(path)!r}: {error}") from error
-        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if own != found:
-            name = min(n for n in own | found if own.get(n) != found.get(n))
-            raise ValueError(
-                f"{str(path)!r} holds other heads: {name} is {found.get(name, 'missing')} there "
-                f"and {own.get(name, 'missing')} here"
-            )
-        self.load_state_dict(tensors)
 
 
 def default_paths(num_heads: int, vocab_size: int) -> list[tuple[int, ...]]:

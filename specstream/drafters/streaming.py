@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from specstream.drafters.base import Drafter
 from specstream.drafters.static_tree import StaticTree, product_paths
+from specstream.drafters.stored import read_tensors, write_tensors
 from specstream.models.cache import NodeTree
 from specstream.models.compilation import compile_shapes
 from specstream.models.lora import adapter_parameters, add_adapters, shared_copies
@@ -132,7 +133,7 @@ class SpeculativeStreaming(Drafter):
         else:
             assert target.decoder  # refuses a model that does not come apart
         if weights is not None:
-            self._load(Path(weights, WEIGHTS))
+            read_tensors(Path(weights, WEIGHTS), self.stored())
 
     @property
     def target(self) -> PretrainedLM:
@@ -245,15 +246,7 @@ class SpeculativeStreaming(Drafter):
             raise ValueError("streams ride in the target that they were built for, not in another")
 
     def save(self, folder: Path, processor: TextProcessor) -> dict[str, Any]:
-        from safetensors.torch import save
-
-        from specstream.models.pretrained_lm import whole
-
-        tensors = {
-            name: whole(tensor).to(torch.bfloat16).contiguous().cpu()
-            for name, tensor in self.stored().items()
-        }
-        (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+        write_tensors(folder / WEIGHTS, self.stored())
         return {
             "class_path": "specstream.drafters.SpeculativeStreaming",
             "init_args": {
@@ -267,22 +260,3 @@ class SpeculativeStreaming(Drafter):
                 "weights": ".",
             },
         }
-
-    def _load(self, path: Path) -> None:
-        tensors = load_tensors(path)
-        own = self.stored()
-        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in own.items()}:
-            raise ValueError(f"{str(path)!r} holds the weights of other streams than these")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; ValueError in one line when it is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        return load(path.read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {str(path)!r}: {error}") from error

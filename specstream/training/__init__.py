@@ -1,8 +1,9 @@
 """LightningModules that train what `generation` decodes with.
 
-Reading order: base (what a loss is), language_modeling, draft_module, distillation; decoding and
-on_policy beside them; then what surrounds a run: run_folder, checkpoints, averaging, history,
-wandb_run, provenance; command is the body of train.py.
+Reading order: base (what a loss is), language_modeling, draft_module, distillation; streaming,
+medusa, eagle and block train what lives on the target's states; decoding and on_policy beside
+them; then what surrounds a run: run_folder, checkpoints, averaging, history, wandb_run,
+provenance; command is the body of train.py.
 """
 
 from specstream.training.averaging import WeightAveraging
@@ -11,9 +12,11 @@ from specstream.training.block import AcceptedLengthWeights, BlockModule, Expone
 from specstream.training.decoding import HeldOutDecoding
 from specstream.training.distillation import DistillationModule
 from specstream.training.draft_module import DraftModule
+from specstream.training.eagle import Eagle3Module
 from specstream.training.language_modeling import LanguageModelingModule
 from specstream.training.medusa import MedusaModule
 from specstream.training.optimization import ConstantRate, Schedule, WarmupCosine
+from specstream.training.streaming import StreamingModule
 from specstream.training.wandb_run import WandbRun
 
 __all__ = [
@@ -22,12 +25,14 @@ __all__ = [
     "ConstantRate",
     "DistillationModule",
     "DraftModule",
+    "Eagle3Module",
     "ExponentialDecay",
     "HeldOutDecoding",
     "LanguageModelingModule",
     "LossSum",
     "MedusaModule",
     "Schedule",
+    "StreamingModule",
     "SummedLossModule",
     "WandbRun",
     "WarmupCosine",

@@ -67,12 +67,11 @@ class StreamingModule(DraftModule):
         decoding: HeldOutDecoding | None = None,
         chunk_tokens: int = 1024,
     ) -> None:
-        super().__init__(drafter, target, optimizer, schedule, decoding)
+        super().__init__(drafter, target, optimizer, schedule, decoding, chunk_tokens)
         if future_weight < 0:
             raise ValueError(f"future_weight must not be negative, got {future_weight}")
         self.future_weight = future_weight
         self.divergence = divergence if divergence is not None else CrossEntropy()
-        self.chunk_tokens = chunk_tokens
 
     def configure_model(self) -> None:
         if self.drafter is not None:

@@ -281,7 +281,7 @@ def test_a_saved_drafter_is_loaded_as_it_was(target: PretrainedLM, tmp_path: Pat
     assert loaded.state_dict().keys() == expected.keys()
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, expected[name].to(torch.bfloat16).float())
-    with pytest.raises(ValueError, match="weights of another block drafter"):
+    with pytest.raises(ValueError, match="weights of another drafter"):
         BlockDrafter(target, 6, 2, [0, 3], weights=str(tmp_path / "draft"))
     with pytest.raises(ValueError, match="cannot read"):
         BlockDrafter(target, weights=str(tmp_path))
