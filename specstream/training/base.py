@@ -55,14 +55,21 @@ class SummedLossModule(L.LightningModule, ABC):
     """A LightningModule whose loss is a sum, divided once per optimizer step by the global count.
 
     `optimizer` is given the parameter groups; `schedule` scales its learning rate by the step.
+    Logits exist for `chunk_tokens` tokens at once.
     Only parameters that require gradients are saved in checkpoints, and exactly those must be in
     one that is loaded.
     """
 
     def __init__(
-        self, optimizer: OptimizerCallable = AdamW, schedule: Schedule | None = None
+        self,
+        optimizer: OptimizerCallable = AdamW,
+        schedule: Schedule | None = None,
+        chunk_tokens: int = 1024,
     ) -> None:
         super().__init__()
+        if chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+        self.chunk_tokens = chunk_tokens
         self.build_optimizer = optimizer
         self.schedule = schedule if schedule is not None else WarmupCosine()
         self.run_seed = 0  # train.py gives its seed_everything; it keys what training draws itself
@@ -122,7 +129,9 @@ class SummedLossModule(L.LightningModule, ABC):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(f"gradients are clipped by norm only, not {gradient_clip_algorithm!r}")
+            raise ValueError(
+                f"gradients are clipped by norm only, not by {gradient_clip_algorithm}"
+            )
         norm = clip_gradients(self.parameters(), gradient_clip_val or None)
         self.log("train/gradient_norm", norm)
 
@@ -170,10 +179,17 @@ class SummedLossModule(L.LightningModule, ABC):
         averaging = any(type(c).__name__ == "WeightAveraging" for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         if (OPTIMIZED in checkpoint) != averaging:
             raise ValueError("resume with WeightAveraging if and only if the run began with it")
-        found, trained = set(checkpoint["state_dict"]), self.trained_names()
+        state, trained = checkpoint["state_dict"], self.trained_names()
+        found = set(state)
         if found != trained:
             missing, extra = sorted(trained - found), sorted(found - trained)
             raise ValueError(
                 f"the checkpoint is of another model: it lacks {len(missing)} trained tensors "
                 f"{missing[:2]} and holds {len(extra)} that are not trained here {extra[:2]}"
             )
+        for name, parameter in self.named_parameters():
+            if name in trained and state[name].shape != parameter.shape:
+                raise ValueError(
+                    f"the checkpoint is of another model: {name} is {tuple(state[name].shape)} in "
+                    f"it and {tuple(parameter.shape)} here"
+                )

@@ -155,7 +155,7 @@ class BlockModule(DraftModule):
         decoding: HeldOutDecoding | None = None,
         chunk_tokens: int = 1024,
     ) -> None:
-        super().__init__(drafter, target, optimizer, schedule, decoding)
+        super().__init__(drafter, target, optimizer, schedule, decoding, chunk_tokens)
         self.divergence = divergence if divergence is not None else ForwardKL()
         if isinstance(self.divergence, DPace | EndToEndTV):
             raise ValueError(
@@ -169,7 +169,6 @@ class BlockModule(DraftModule):
         self.weights = weights if weights is not None else ExponentialDecay()
         self.num_anchors = num_anchors
         self.confidence_weight = confidence_weight
-        self.chunk_tokens = chunk_tokens
 
     def configure_model(self) -> None:
         super().configure_model()

@@ -25,7 +25,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from specstream.training.history import HistoryLogger
 from specstream.training.run_folder import RunFolder, say
 
-DAMAGED = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError)
+DAMAGED = (
+    RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, ImportError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -61,12 +64,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         try:
-            return super().load_checkpoint(path, map_location, weights_only)
+            checkpoint = super().load_checkpoint(path, map_location, weights_only)
         except DAMAGED as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
             others = RunFolder(Path(path).parent).other_checkpoints(Path(path))
             offer = f"; resume from {others[0]} instead" if others else ""
             raise ValueError(f"checkpoint {path} is damaged ({reason}){offer}") from error
+        if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
+            raise ValueError(f"{path} is not the checkpoint of a training run")
+        return checkpoint
 
 
 class TrainingStopped(Exception):

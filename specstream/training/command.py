@@ -167,6 +167,12 @@ def check_numbers(trainer: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> 
         value = trainer[name]
         if isinstance(value, int | float) and value <= 0:
             raise ValueError(f"config error: trainer.{name}: must be above 0, got {value}")
+    algorithm = trainer["gradient_clip_algorithm"]
+    if algorithm not in (None, "norm"):
+        raise ValueError(
+            f"config error: trainer.gradient_clip_algorithm: gradients are clipped by norm only, "
+            f"not by {getattr(algorithm, 'value', algorithm)}"
+        )
     numbers = {"trainer.gradient_clip_val": trainer["gradient_clip_val"]}
     numbers |= {f"checkpoint.{name}": checkpoint[name] for name in ("every_steps", "every_minutes")}
     for name, value in numbers.items():

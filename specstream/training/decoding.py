@@ -46,6 +46,23 @@ class HeldOutDecoding:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
+    def check(self, module: DraftModule) -> None:
+        """Raise ValueError for what the drafter, the target or the data do not allow."""
+        assert module.drafter is not None and module.target is not None
+        most, kind = module.drafter.max_tokens, type(module.drafter).__name__
+        if self.num_drafted > most:
+            raise ValueError(
+                f"decoding: num_drafted {self.num_drafted} is more than the {most} tokens that "
+                f"this {kind} drafts"
+            )
+        limits = Limits(self.max_new_tokens)
+        plain = AutoregressivePipeline(module.target, module.processor, self.sampling, limits)
+        try:
+            for prompt in module.trainer.datamodule.prompts(self.num_prompts):  # type: ignore[attr-defined]
+                plain.encode(prompt)
+        except ValueError as error:
+            raise ValueError(f"decoding: {error}") from error
+
     def run(self, module: DraftModule) -> None:
         """Decode this process's share of the prompts, and log what all processes found."""
         prompts = module.trainer.datamodule.prompts(self.num_prompts)  # type: ignore[attr-defined]

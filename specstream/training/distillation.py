@@ -49,12 +49,13 @@ class DistillationModule(DraftModule):
         chunk_tokens: int = 1024,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(drafter, target, optimizer, schedule, decoding, gradient_checkpointing)
+        super().__init__(
+            drafter, target, optimizer, schedule, decoding, chunk_tokens, gradient_checkpointing
+        )
         self.divergence = divergence if divergence is not None else ForwardKL()
         self.on_policy = OnPolicy(
             on_policy_fraction, on_policy_source, on_policy_tokens, on_policy_temperature
         )
-        self.chunk_tokens = chunk_tokens
 
     def configure_model(self) -> None:
         super().configure_model()

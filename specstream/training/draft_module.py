@@ -39,9 +39,10 @@ class DraftModule(SummedLossModule, ABC):
         optimizer: OptimizerCallable = AdamW,
         schedule: Schedule | None = None,
         decoding: HeldOutDecoding | None = None,
+        chunk_tokens: int = 1024,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(optimizer, schedule)
+        super().__init__(optimizer, schedule, chunk_tokens)
         self.build_drafter = drafter
         self.build_target = target
         self.decoding = decoding
@@ -105,12 +106,9 @@ class DraftModule(SummedLossModule, ABC):
             )
         check_data_tokenizer(self.target, self.processor)
         self.drafter.check_target(self.target, self.processor)
-        if self.decoding is not None and self.decoding.num_drafted > self.drafter.max_tokens:
-            raise ValueError(
-                f"decoding: num_drafted {self.decoding.num_drafted} is more than the "
-                f"{self.drafter.max_tokens} tokens that this {type(self.drafter).__name__} drafts"
-            )
         check_tokenizers(self.target, self.processor, self.drafter)
+        if self.decoding is not None:
+            self.decoding.check(self)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

@@ -34,9 +34,8 @@ class LanguageModelingModule(SummedLossModule):
         chunk_tokens: int = 1024,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(optimizer, schedule)
+        super().__init__(optimizer, schedule, chunk_tokens)
         self.build_model = model
-        self.chunk_tokens = chunk_tokens
         self.gradient_checkpointing = gradient_checkpointing
         self.model: PretrainedLM | None = None
 

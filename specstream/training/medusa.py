@@ -63,7 +63,7 @@ class MedusaModule(DraftModule):
         decoding: HeldOutDecoding | None = None,
         chunk_tokens: int = 1024,
     ) -> None:
-        super().__init__(drafter, target, optimizer, schedule, decoding)
+        super().__init__(drafter, target, optimizer, schedule, decoding, chunk_tokens)
         if not 0 < head_decay <= 1:
             raise ValueError(f"head_decay must be in (0, 1], got {head_decay}")
         self.divergence = divergence if divergence is not None else CrossEntropy()
@@ -74,7 +74,6 @@ class MedusaModule(DraftModule):
             )
         self.head_decay = head_decay
         self.tree_nodes = tree_nodes
-        self.chunk_tokens = chunk_tokens
 
     def configure_model(self) -> None:
         super().configure_model()

@@ -28,12 +28,13 @@ def test_a_failed_write_leaves_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
-    writer.save_checkpoint({"step": 1}, path)
+    checkpoint = {"step": 1, "pytorch-lightning_version": "2"}
+    writer.save_checkpoint(checkpoint, path)
     with monkeypatch.context() as patch:
         fill_the_disk(patch)
         writer.save_checkpoint({"step": 2}, path)
     assert writer.failure == "No space left on device"
-    assert writer.load_checkpoint(path, weights_only=False) == {"step": 1}
+    assert writer.load_checkpoint(path, weights_only=False) == checkpoint
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
@@ -74,3 +75,25 @@ def test_a_full_disk_ends_a_run_with_a_line_and_the_checkpoint_before(
     assert any("training goes on" in line for line in lines)
     assert lines[-1].endswith("No space left on device; the last.ckpt before it is kept")
     assert (tmp_path / "run" / "last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"weights": torch.zeros(2)}, torch.zeros(2)])
+def test_a_file_that_is_no_checkpoint_is_not_resumed_from(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other\.ckpt is not the checkpoint of a training run$"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "other.ckpt", weights_only=False)
+
+
+def test_a_checkpoint_of_another_size_is_not_resumed_from(
+    tmp_path: Path,
+    write_config: Callable[..., str],
+    language_model: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_config("run", language_model, max_steps=1)
+    assert train(["--config", config]) == 0
+    capsys.readouterr()
+    wider = "--model.init_args.model.init_args.intermediate_size=24"
+    assert train(["--config", config, "--ckpt_path=last", "--trainer.max_steps=2", wider]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert error.startswith("error: the checkpoint is of another model: ") and "(24, " in error

@@ -92,6 +92,14 @@ def test_a_drafter_is_distilled_and_stands_alone(
             "config error: checkpoint.every_steps: must be 0 or more, got -1",
         ),
         ("--trainer.fast_dev_run=true", "config error: trainer.fast_dev_run: keeps nothing"),
+        (
+            "--trainer.gradient_clip_algorithm=value",
+            "config error: trainer.gradient_clip_algorithm: gradients are clipped by norm",
+        ),
+        (
+            "--model.init_args.chunk_tokens=0",
+            "config error: model: chunk_tokens must be at least 1, got 0",
+        ),
         pytest.param(
             "--trainer.accelerator=gpu",
             "config error: trainer: No supported gpu backend found!",
@@ -109,6 +117,38 @@ def test_what_lightning_or_train_py_refuses_is_one_line(
 ) -> None:
     assert train(["--config", write_config("run", language_model), *option.split()]) == 2
     (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(line)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "line"),
+    [
+        (
+            "num_drafted",
+            90,
+            "error: decoding: num_drafted 90 is more than the 63 tokens that this ",
+        ),
+        (
+            "num_prompts",
+            999,
+            "error: decoding: 999 prompts are asked for, but the validation split",
+        ),
+        ("max_new_tokens", 999, "error: decoding: a prompt of "),
+    ],
+)
+def test_what_validation_could_not_decode_is_refused_before_training(
+    option: str,
+    value: int,
+    line: str,
+    tmp_path: Path,
+    write_config: Write,
+    distillation: Config,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    distillation["init_args"]["decoding"] = {option: value}
+    assert train(["--config", write_config("run", distillation)]) == 2
+    (error,) = [e for e in capsys.readouterr().err.splitlines() if "error" in e]
     assert error.startswith(line)
     assert not (tmp_path / "run").exists()
 
