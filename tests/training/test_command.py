@@ -127,7 +127,7 @@ def test_what_lightning_or_train_py_refuses_is_one_line(
         (
             "num_drafted",
             90,
-            "error: decoding: num_drafted 90 is more than the 63 tokens that this ",
+            "error: decoding: num_drafted 90 is more than the 64 tokens that this ",
         ),
         (
             "num_prompts",
