@@ -211,6 +211,38 @@ def test_divergences_are_compared_by_decoding_alone(
     assert (tmp_path / "out-tau.png").is_file()
 
 
+def test_drafters_are_compared_up_to_the_ends_of_their_texts(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = {"run": ("BlockDrafter", {"markov_rank": 4}), "data": ("Eagle3", {})}
+    for folder, (name, options) in kinds.items():
+        drafter = {"class_path": f"specstream.drafters.{name}", "init_args": options}
+        config = {
+            "seed_everything": 0,
+            "model": {"init_args": {"drafter": drafter}},
+            "trainer": {"max_steps": 5},
+        }
+        (models / folder / "config.yaml").write_text(yaml.safe_dump(config))
+    study = {
+        "name": "toy",
+        "target": str(models / "target"),
+        "runs": str(models / "*"),
+        "compared": "drafter",
+        "baseline": "Eagle3",
+        "prompts": [block("FilePrompts", path=str(models / "prompts.jsonl"))],
+        "num_prompts": 4,
+        "max_new_tokens": 70,
+        "ignore_eos": False,
+        "drafted": None,
+        "samplings": [{"temperature": 1.0}],
+    }
+    path = tmp_path / "drafters.yaml"
+    path.write_text(yaml.safe_dump({"study": block("DistillationStudy", **study)}))
+    rows = measure(str(path), tmp_path / "out.json", capsys)
+    assert [row["method"] for row in rows] == ["Eagle3", "BlockDrafter, sequential"]
+    assert rows[1]["tau"] > rows[0]["tau"] and rows[1]["pairs"] == 1
+
+
 def test_tau_by_prompt_adds_up_to_the_pipelines_own(models: Path) -> None:
     from specstream.benchmark import DistillationStudy, FilePrompts
     from specstream.benchmark.pair import Pair

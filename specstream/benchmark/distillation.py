@@ -1,7 +1,7 @@
-"""The table of divergences: drafters of one size and one number of steps, by how they were trained.
+"""Tables of trained drafters: divergences, or kinds of drafters, at one number of steps.
 
 Decoding only, nothing is timed: tau and the acceptances on held-out prompts, and the paired
-difference to the drafter trained on the data alone, seed by seed.
+difference to the baseline (for divergences the drafter trained on the data alone), seed by seed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from specstream.benchmark.rows import (
 from specstream.benchmark.speed_rows import describe
 from specstream.benchmark.study import Study, say
 from specstream.benchmark.timing import SAMPLES
-from specstream.benchmark.trained_runs import TrainedRun, find_runs
+from specstream.benchmark.trained_runs import Compared, TrainedRun, find_runs
 from specstream.generation import FixedLength, Limits, SpeculativePipeline
 from specstream.generation.loading import find_device
 from specstream.sampling import Sampling
@@ -54,17 +54,19 @@ class Decoded:
 
 @dataclass(frozen=True)
 class DistillationStudy(Study):
-    """Decodes held-out prompts with drafters that were trained by different divergences.
+    """Decodes held-out prompts with drafters that were trained differently, or are different.
 
     Args:
         name: what the table calls the task.
         target: folder of the target.
         runs: pattern of the run folders, such as checkpoints/divergences/*.
         prompts: held-out prompts.
-        baseline: the divergence that the others are compared with.
+        compared: what tells the runs apart besides their seeds: divergence or drafter.
+        baseline: the divergence, or the drafter, that the others are compared with.
         num_prompts: held-out prompts.
-        max_new_tokens: tokens a prompt; the end of sequence is ignored.
-        drafted: tokens drafted in every round.
+        max_new_tokens: tokens a prompt, at most where the end of sequence counts.
+        ignore_eos: write on after the end of sequence, so that all outputs have one length.
+        drafted: tokens drafted in every round, or the height of a tree; None: each drafter's most.
         samplings: the laws that are decoded.
         batch_size: prompts decoded at once; changes nothing but the time.
         seed: of the draws.
@@ -75,10 +77,12 @@ class DistillationStudy(Study):
     target: str
     runs: str
     prompts: list[PromptSource]
+    compared: Compared = "divergence"
     baseline: str = "CrossEntropy"
     num_prompts: int = 64
     max_new_tokens: int = 128
-    drafted: int = 5
+    ignore_eos: bool = True
+    drafted: int | None = 5
     samplings: list[Sampling] = field(default_factory=lambda: [Sampling(), Sampling(temperature=0)])
     batch_size: int = 8
     seed: int = 0
@@ -92,7 +96,7 @@ class DistillationStudy(Study):
         return Task(self.name, self.target, self.prompts)
 
     def check(self) -> None:
-        if not 1 <= self.drafted < self.max_new_tokens:
+        if not 1 <= (self.drafted or 1) < self.max_new_tokens:
             raise ValueError(f"drafted must lie in 1..{self.max_new_tokens - 1}")
         self.task.check()
         find_device(self.device)
@@ -100,7 +104,7 @@ class DistillationStudy(Study):
 
     def find_runs(self) -> list[TrainedRun]:
         """Return the runs, the baseline's first; ValueError where they cannot be compared."""
-        runs = find_runs(self.runs)
+        runs = find_runs(self.runs, self.compared)
         if self.baseline not in {run.method for run in runs}:
             raise ValueError(
                 f"no run of '{self.runs}' was trained with the baseline {self.baseline}; "
@@ -142,19 +146,22 @@ class DistillationStudy(Study):
         self, pair: Pair, run: TrainedRun, prompts: list[list[int]], sampling: Sampling
     ) -> Decoded:
         """Decode all prompts with one run's drafter."""
+        drafter = pair.load_drafter(run.draft)
+        drafted = self.drafted or drafter.max_tokens
         pipeline = SpeculativePipeline(
             pair.target,
-            pair.load_drafter(run.draft),
+            drafter,
             pair.processor,
-            lengths=FixedLength(self.drafted),
+            lengths=FixedLength(drafted),
             sampling=sampling,
-            limits=Limits(self.max_new_tokens, ignore_eos=True),
+            limits=Limits(self.max_new_tokens, ignore_eos=self.ignore_eos),
             batch_size=self.batch_size,
         )
         written = [0] * len(prompts)
         committed, rounds = np.zeros(len(prompts)), np.zeros(len(prompts))
         for step in pipeline.generate(prompts, seed=self.seed):
-            if written[step.prompt] + self.drafted + 1 <= self.max_new_tokens:  # not cut short
+            whole = written[step.prompt] + drafted + 1 <= self.max_new_tokens
+            if whole and (self.ignore_eos or not step.finished):  # not cut short
                 committed[step.prompt] += len(step.tokens)
                 rounds[step.prompt] += 1
             written[step.prompt] += len(step.tokens)
@@ -169,7 +176,7 @@ class DistillationStudy(Study):
         sampling: Sampling,
         machine: Machine,
     ) -> DistillationRow:
-        """Return the row of one divergence."""
+        """Return the row of one divergence or drafter."""
         difference = paired_difference(found, baseline)
         tested, accepted = (
             np.sum([getattr(d.stats, name) for d in found], axis=0)

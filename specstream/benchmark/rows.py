@@ -133,7 +133,7 @@ class PairedDifference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillationRow:
-    """One divergence: tau and acceptance of its drafters, one for each seed, on held-out prompts.
+    """One way to draft: tau and acceptance of its drafters, one for each seed, on held-out prompts.
 
     `tau` is the mean over seeds; alphas are of all of them together.
     """
@@ -145,7 +145,7 @@ class DistillationRow:
     sampling: str
     num_prompts: int
     max_new_tokens: int
-    drafted: int
+    drafted: int | None  # None: each drafter's most
     steps: int | None
     seeds: list[int]
     taus: list[float]

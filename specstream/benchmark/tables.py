@@ -114,7 +114,7 @@ SPEED = [
     Column("repeated 4-grams", number("repeated_4grams", ".0%")),
 ]
 DISTILLATION = [
-    Column("divergence", lambda row: row["method"]),
+    Column("drafters", lambda row: row["method"]),
     Column("seeds", lambda row: str(len(row["seeds"]))),
     Column("tau", number("tau", ".3f")),
     Column("by seed", lambda row: " ".join(f"{tau:.3f}" for tau in row["taus"])),
@@ -167,7 +167,8 @@ def _groups(rows: Sequence[JsonRow]) -> Iterator[tuple[str, list[Column], list[J
             columns = [*DRAFTERS, *qualities(group), *DRAFTERS_AFTER]
             yield f"{task} ({sampling}; {tokens} at most)", columns, group
         else:
-            steps = f"{group[0]['steps']} steps each, {group[0]['drafted']} drafted"
+            drafted = group[0]["drafted"] or "as many as each can"
+            steps = f"{group[0]['steps']} steps each, {drafted} drafted"
             yield f"{task}, {sampling} ({steps}; {tokens})", DISTILLATION, group
 
 

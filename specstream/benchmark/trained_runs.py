@@ -1,4 +1,4 @@
-"""Finished run folders of the distillation recipe, and how each was trained."""
+"""Finished run folders, and how the drafter in each was trained."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import glob
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from specstream.benchmark.study import say
 from specstream.drafters.loading import RECORD, read_record
+
+Compared = Literal["divergence", "drafter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,7 @@ class TrainedRun:
     """A run folder whose training came to its end."""
 
     folder: Path
-    method: str  # the divergence, with the options that are not its defaults
+    method: str  # what is compared: the divergence with its unusual options, or the drafter
     seed: int
     steps: int | None
     target: str
@@ -30,7 +32,7 @@ class TrainedRun:
         return str(self.folder / "draft")
 
 
-def find_runs(pattern: str) -> list[TrainedRun]:
+def find_runs(pattern: str, compared: Compared = "divergence") -> list[TrainedRun]:
     """Return the finished runs that match `pattern`; unfinished ones are named and left out.
 
     Raises ValueError when there is none, or when two were trained alike.
@@ -42,7 +44,7 @@ def find_runs(pattern: str) -> list[TrainedRun]:
         if not (folder / "draft" / RECORD).is_file():
             say(f"left out: '{folder}' is not finished")
             continue
-        runs.append(read_run(folder))
+        runs.append(read_run(folder, compared))
     if not runs:
         raise ValueError(f"no finished run matches '{pattern}'")
     seen: dict[tuple[str, int], Path] = {}
@@ -55,21 +57,34 @@ def find_runs(pattern: str) -> list[TrainedRun]:
     return runs
 
 
-def read_run(folder: Path) -> TrainedRun:
-    """Read how a run was trained from its config.yaml; ValueError when it is no distillation."""
+def read_run(folder: Path, compared: Compared) -> TrainedRun:
+    """Read how a run was trained from its config.yaml; ValueError when it trained no drafter."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     try:
         model = config["model"]["init_args"]
-        label = describe_block(model["divergence"] or {"class_path": "ForwardKL"})
-        if model.get("on_policy_fraction"):
-            source = model["on_policy_source"]
-            label += f", {model['on_policy_fraction']:.0%} on policy by the {source}"
+        label = describe_training(model) if compared == "divergence" else describe_drafter(model)
         steps, seed = config["trainer"]["max_steps"], int(config["seed_everything"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"'{folder}' is not a run of distillation: {error!r}") from error
+        raise ValueError(f"'{folder}' is not a run that trained a drafter: {error!r}") from error
     return TrainedRun(
         folder, label, seed, steps, str(read_record(folder / "draft")["target"]["path"])
     )
+
+
+def describe_training(model: dict[str, Any]) -> str:
+    """Return what a module's options say of its divergence, and of the texts it trained on."""
+    label = describe_block(model["divergence"] or {"class_path": "ForwardKL"})
+    if model.get("on_policy_fraction"):
+        source = model["on_policy_source"]
+        label += f", {model['on_policy_fraction']:.0%} on policy by the {source}"
+    return label
+
+
+def describe_drafter(model: dict[str, Any]) -> str:
+    """Return a drafter's class, and whether a block is corrected in turn."""
+    name = str(model["drafter"]["class_path"]).rpartition(".")[2]
+    sequential = model["drafter"].get("init_args", {}).get("markov_rank")
+    return f"{name}, sequential" if sequential else name
 
 
 def describe_block(block: dict[str, Any]) -> str:
