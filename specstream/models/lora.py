@@ -1,16 +1,21 @@
-"""Low-rank adapters through peft: on a model's own layers, or on copies that share its weights."""
+"""Low-rank adapters through peft: on a model's own layers, or on copies that share its weights.
+
+A model that was tuned by an adapter can be kept as the adapter alone, in a folder in peft's format
+that names its base: a fraction of the model's size.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from specstream.models.pretrained_lm import PretrainedLM
-
 ADAPTER = "streams"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 
 
 def shared_copies(layers: Sequence[nn.Module]) -> nn.ModuleList:
@@ -63,14 +68,84 @@ def adapter_parameters(layers: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def merged(target: PretrainedLM) -> PretrainedLM:
-    """Return a copy of an adapted `target` with its adapters added into the weights."""
+def fold(model: nn.Module) -> None:
+    """Add the adapters of `model` into its weights, and take them away.
+
+    The sums are taken in float64, so that they round to the same weights on every machine.
+    """
     from peft.tuners.lora import LoraLayer
 
-    model = copy.deepcopy(target.model)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
+            dtype = module.get_base_layer().weight.dtype
+            module.double()
             module.merge()
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())
-    return PretrainedLM.of(model, target.path)
+            setattr(model.get_submodule(parent), child, module.get_base_layer().to(dtype))
+
+
+def save_adapter(folder: Path, model: nn.Module, base: str) -> None:
+    """Write the adapters of `model`, whose weights without them are those of the path `base`."""
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+    from safetensors.torch import save
+
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    first = next(iter(layers.values()))
+    folder.mkdir(parents=True, exist_ok=True)
+    LoraConfig(
+        r=first.r[ADAPTER],
+        lora_alpha=first.lora_alpha[ADAPTER],
+        target_modules=sorted(layers),
+        fan_in_fan_out=getattr(first, "fan_in_fan_out", False),
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+    ).save_pretrained(str(folder))
+    stored = {n: t.to(torch.bfloat16).contiguous().cpu() for n, t in _tensors(model).items()}
+    (folder / WEIGHTS).write_bytes(save(stored, metadata={"format": "pt"}))
+
+
+def base_of(folder: Path) -> str | None:
+    """Return the path of the base that an adapter's folder names; None for any other folder."""
+    if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
+        return None
+    try:
+        return str(json.loads((folder / CONFIG).read_text())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(folder)!r} holds no readable {CONFIG}: {error!r}") from error
+
+
+def fold_in(folder: Path, model: nn.Module) -> None:
+    """Add the adapter that lies in `folder` into the weights of its base.
+
+    Raises ValueError in one line where it is damaged, or made for another model.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        found = load((folder / WEIGHTS).read_bytes())
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot load the adapter in {str(folder)!r}: {reason}") from error
+    own = _tensors(model)
+    if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in found.items()}:
+        raise ValueError(f"the adapter in {str(folder)!r} was made for another model than its base")
+    for name, tensor in own.items():
+        tensor.copy_(found[name])
+    fold(model)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapters' tensors by peft's names for them."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        f"base_model.model.{name}.{part}.weight": getattr(module, part)[ADAPTER].weight.data
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        for part in ("lora_A", "lora_B")
+    }

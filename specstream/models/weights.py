@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from specstream.models.lora import base_of, fold_in
 from specstream.models.supported import refuse_unsupported
 
 if TYPE_CHECKING:
@@ -34,7 +35,10 @@ def runs_on_gpu(device: str) -> bool:
 
 
 def load_model(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """Load a causal LM from a folder or hub id; one ValueError line for whatever goes wrong."""
+    """Load a causal LM from a folder or hub id; one ValueError line for whatever goes wrong.
+
+    A folder may hold an adapter alone (see lora): it is added into the base that it names.
+    """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -45,6 +49,9 @@ def load_model(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTr
     folder = Path(path)
     if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") != 1):
         raise ValueError(f"no model folder at {path!r}")
+    base = base_of(folder)
+    if base is not None:
+        return _load_adapted(folder, base, dtype, attn_implementation)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{path!r} holds no config.json, so it is not a model folder")
     try:
@@ -64,6 +71,22 @@ def load_model(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTr
         raise ValueError(
             f"{path!r} lacks {len(missing)} of its model's weights, {missing[0]} for one"
         )
+    return model
+
+
+def _load_adapted(
+    folder: Path, base: str, dtype: torch.dtype, attn_implementation: str
+) -> PreTrainedModel:
+    if Path(base).resolve() == folder.resolve():
+        raise ValueError(f"the adapter in {str(folder)!r} names itself as its base")
+    try:
+        model = load_model(base, torch.float32, attn_implementation)
+    except ValueError as error:
+        raise ValueError(f"the base of the adapter in {str(folder)!r}: {error}") from error
+    fold_in(folder, model)
+    for parameter in model.parameters():  # the frequencies of far places stay in float32
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
     return model
 
 

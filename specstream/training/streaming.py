@@ -9,6 +9,7 @@ Shapes: B rows, T tokens, M places with streams, R streams, D hidden.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from specstream.divergences import CrossEntropy, Divergence, chunked_divergence
 from specstream.drafters import Drafter, SpeculativeStreaming
 from specstream.drafters.loading import save_drafter
 from specstream.models.fingerprint import fingerprint
-from specstream.models.lora import add_adapters, merged
+from specstream.models.lora import add_adapters, fold, save_adapter
 from specstream.models.pretrained_lm import PretrainedLM, document_mask
 from specstream.models.stream_attention import register
 from specstream.processors import TextProcessor
@@ -51,9 +52,10 @@ class StreamingModule(DraftModule):
     Loss (eq. 5): the main stream's next token, in mode shared, plus `future_weight` times the
     token of each stream, plus the early exit's next token.  `divergence` says what the streams
     learn: `CrossEntropy` the data, as in the paper; others the target's own law at the place ahead.
-    In mode shared adapters of the drafter's `rank` are put on all of the target's layers; `export`
-    merges them, and the tuned target is the one that the drafter names.  `future_weight` 0 trains
-    the target's adapters alone: the baseline of the paper.
+    In mode shared adapters of the drafter's `rank` are put on all of the target's layers, and the
+    tuned target is the one that the drafter names: with `merge` an ordinary model, else the
+    adapters alone, in peft's format, which need the base beside them.  `future_weight` 0 trains the
+    target's adapters alone: the baseline of the paper.
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class StreamingModule(DraftModule):
         schedule: Schedule | None = None,
         decoding: HeldOutDecoding | None = None,
         chunk_tokens: int = 1024,
+        merge: bool = True,
     ) -> None:
         super().__init__(drafter, target, optimizer, schedule, decoding, chunk_tokens)
         if future_weight < 0:
             raise ValueError(f"future_weight must not be negative, got {future_weight}")
         self.future_weight = future_weight
         self.divergence = divergence if divergence is not None else CrossEntropy()
+        self.merge = merge
 
     def configure_model(self) -> None:
         if self.drafter is not None:
@@ -148,14 +152,26 @@ class StreamingModule(DraftModule):
         return losses
 
     def export(self, run: Path, processor: TextProcessor) -> Path:
-        """Write `draft/`, and in mode shared the tuned target into `model/`."""
+        """Write `draft/`, and in mode shared the tuned target into `target/`."""
         assert isinstance(self.drafter, SpeculativeStreaming) and self.target is not None
-        target, path = self.target, self.target.path
+        target = self.target
         if self.drafter.mode == "shared":
-            target, path = merged(self.target), str(run / "target")
-            target.save(run / "target", processor.tokenizer)
-        save_drafter(run / "draft", self.drafter, processor, path, fingerprint(target.model))
+            target = self._export_target(run / "target", processor)
+        save_drafter(run / "draft", self.drafter, processor, target.path, fingerprint(target.model))
         return run / "draft"
+
+    def _export_target(self, folder: Path, processor: TextProcessor) -> PretrainedLM:
+        """Write the tuned target, whole or as its adapters, and return it."""
+        assert self.target is not None
+        if not self.merge:
+            save_adapter(folder, self.target.model, self.target.path)
+            processor.tokenizer.save_pretrained(folder)
+            return PretrainedLM(str(folder))
+        model = copy.deepcopy(self.target.model)
+        fold(model)
+        tuned = PretrainedLM.of(model, str(folder))
+        tuned.save(folder, processor.tokenizer)
+        return tuned
 
 
 def stream_states(target: PretrainedLM, drafter: SpeculativeStreaming, batch: Batch) -> Streams:

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from specstream.generation.loading import load_run
+from specstream.models import PretrainedLM
+from specstream.models.lora import add_adapters, save_adapter
 from specstream.training.command import run_training
 from specstream.training.streaming import future_mask, stream_places
+from tests.toys import toy_lm
 from tests.training.conftest import OPTIMIZER
 
 
@@ -77,3 +80,44 @@ def test_streams_are_scored_where_their_token_is_in_the_same_document() -> None:
     assert future_mask(batch, 3).tolist() == [[True, False, False, False, False, False, False]]
     places, real = stream_places(batch, 2)
     assert places.tolist() == [[0, 1]] and bool(real.all())
+
+
+def test_a_tuned_target_is_kept_whole_or_as_its_adapters(
+    target: str, write_config: Callable[..., str], tmp_path: Path
+) -> None:
+    laws = []
+    for merge in (True, False):
+        name = f"merge-{merge}"
+        config = write_config(name, block(target, "shared", merge=merge), max_steps=4)
+        assert run_training(["--config", config]) == 0
+        decoder = load_run(tmp_path / name, dtype="float32")
+        laws.append(decoder.target(torch.tensor([[3, 5, 7, 9]])))
+    files = {file.name for file in (tmp_path / "merge-False" / "target").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files
+    assert "config.json" not in files
+    base = PretrainedLM(target, dtype="float32")(torch.tensor([[3, 5, 7, 9]]))
+    assert (laws[0] - base).abs().max() > 10 * (laws[0] - laws[1]).abs().max()
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_refused_in_a_line(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    model = toy_lm(num_layers=2)
+    model.save(base)
+    add_adapters(model.decoder.layers, 2, 4.0, 0)
+    save_adapter(tmp_path / "adapter", model.model, str(base))
+    PretrainedLM(str(tmp_path / "adapter"))
+    toy_lm(num_layers=1).save(base)
+    with pytest.raises(ValueError, match=r"adapter in .*adapter. was made for another model"):
+        PretrainedLM(str(tmp_path / "adapter"))
+    toy_lm(num_layers=2, hidden_size=24).save(base)
+    with pytest.raises(ValueError, match=r"adapter in .*adapter. was made for another model"):
+        PretrainedLM(str(tmp_path / "adapter"))
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match="cannot load the adapter in"):
+        PretrainedLM(str(tmp_path / "adapter"))
+    (base / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"the base of the adapter in .* holds no config.json"):
+        PretrainedLM(str(tmp_path / "adapter"))
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds no readable adapter_config.json"):
+        PretrainedLM(str(tmp_path / "adapter"))
