@@ -109,12 +109,24 @@ class Eagle3(Drafter):
             self._speak_of(self.network.draft_vocabulary)
         else:
             read_tensors(Path(weights, WEIGHTS), self.network.state_dict())
+            self._check_vocabulary(Path(weights, WEIGHTS))
 
     def _speak_of(self, tokens: Tensor) -> None:
         weight = self.borrowed[0].head.weight
         assert isinstance(weight, Tensor)
         rows = whole(weight)
         self.network.speak_of(tokens, rows[tokens.to(rows.device)])
+
+    def _check_vocabulary(self, path: Path) -> None:
+        """Raise ValueError where `path` does not say which tokens of the target can be drafted."""
+        if not self.network.reduced:
+            return
+        tokens, wanted = self.network.draft_vocabulary.tolist(), self.network.t2d.nonzero()[:, 0]
+        if tokens != wanted.tolist():
+            raise ValueError(
+                f"{str(path)!r} is damaged: d2t and t2d must name the same {len(tokens)} tokens, "
+                "ascending"
+            )
 
     def restrict(self, counts: Tensor) -> None:
         """Draft only the tokens that `counts` (V,) of the training data finds most frequent.

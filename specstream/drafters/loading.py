@@ -8,6 +8,7 @@ grammar of the config files, and its target.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from specstream.config_errors import not_accepted
 from specstream.drafters.base import Drafter
 from specstream.models.fingerprint import fingerprint
 from specstream.models.pretrained_lm import PretrainedLM
@@ -63,6 +65,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
         record["drafter"]["class_path"], record["target"]["path"]  # what every reader needs
+        record["drafter"] |= {"init_args": {**record["drafter"].get("init_args", {})}}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}") from error
     return dict(record)
@@ -83,26 +86,39 @@ def load_drafter(
     small a matrix take a fourth of what their bfloat16 kernels spend on set-up.
     """
     record = read_record(folder)
-    block = record["drafter"]
-    arguments = dict(block.get("init_args", {}))
+    arguments = dict(record["drafter"]["init_args"])
     if "model" in arguments:
         arguments["model"] = lambda: PretrainedLM(
             str(folder), _draft_dtype(folder, dtype, device), attn_implementation, device
         )
-    module, _, name = str(block["class_path"]).rpartition(".")
-    known = importlib.import_module("specstream.drafters")
-    build = getattr(known, name, None) if module == known.__name__ else None
-    if build is None:
-        raise ValueError(f"{str(folder)!r} names {block['class_path']}, not a specstream drafter")
     attached = arguments.get("weights") == WEIGHTS_HERE
     if attached:
         arguments["weights"] = str(folder)
         _check_fingerprint(folder, record["target"], target)
-    drafter = build(target, **arguments)
-    assert isinstance(drafter, Drafter)
+    drafter = _build(folder, str(record["drafter"]["class_path"]), target, arguments)
     if attached and isinstance(target, PretrainedLM):
         drafter.to(target.dtype)
     return drafter.eval().requires_grad_(False)
+
+
+def _build(folder: Path, class_path: str, target: nn.Module, arguments: dict[str, Any]) -> Drafter:
+    """Build what a record names; ValueError for another class, and for options that it lacks."""
+    module, _, name = class_path.rpartition(".")
+    known = importlib.import_module("specstream.drafters")
+    build = getattr(known, name) if module == known.__name__ and name in known.__all__ else None
+    if build is None or inspect.isabstract(build):
+        raise ValueError(f"{str(folder)!r} names {class_path}, not a specstream drafter")
+    options = list(inspect.signature(build).parameters)[1:]  # without the target
+    for option in arguments:
+        if option not in options:
+            reason = not_accepted(option, name, options)[1]
+            raise ValueError(f"{str(folder / RECORD)!r} is damaged: {reason}")
+    try:
+        drafter = build(target, **arguments)
+    except TypeError as error:  # a value of another type, or one that is missing
+        raise ValueError(f"{str(folder / RECORD)!r} makes no {name}: {error}") from error
+    assert isinstance(drafter, Drafter)
+    return drafter
 
 
 def _check_fingerprint(folder: Path, named: dict[str, Any], target: nn.Module) -> None:

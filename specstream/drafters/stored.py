@@ -47,4 +47,6 @@ def read_tensors(path: Path, own: Mapping[str, Tensor]) -> None:
             f"{found.get(name, 'missing')} there and {mine.get(name, 'missing')} here"
         )
     for name, tensor in own.items():
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{str(path)!r} is damaged: {name} holds numbers that are not finite")
         tensor.copy_(tensors[name])

@@ -139,10 +139,38 @@ def test_a_moved_target_is_named(run: Path, target: Path) -> None:
         load_run(run)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"drafter": {"class_path": "x.Y"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "{}",
+        '{"drafter": {"class_path": "x.Y"}}',
+        '{"drafter": {"class_path": "x.Y", "init_args": [1]}, "target": {"path": "x"}}',
+    ],
+)
 def test_a_damaged_record_is_one_line(run: Path, text: str) -> None:
     (run / "draft" / "specstream.json").write_text(text)
     with pytest.raises(ValueError, match=r"specstream\.json' is damaged"):
+        load_run(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "line"),
+    [
+        ("annotations", {}, "names specstream.drafters.annotations, not a specstream drafter"),
+        ("Drafter", {}, "names specstream.drafters.Drafter, not a specstream drafter"),
+        ("PromptLookup", {"max_ngrm": 3}, "option 'max_ngrm' is not accepted by PromptLookup; did"),
+        ("PromptLookup", {"max_ngram": "x"}, r"specstream.json' makes no PromptLookup: '<"),
+        ("LookupFirst", {}, r"makes no LookupFirst: .* missing 1 required positional argument"),
+    ],
+)
+def test_a_record_of_what_is_no_drafter_is_one_line(
+    run: Path, name: str, options: dict[str, object], line: str
+) -> None:
+    path = run / "draft" / "specstream.json"
+    named = {"class_path": f"specstream.drafters.{name}", "init_args": options}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"drafter": named}))
+    with pytest.raises(ValueError, match=line):
         load_run(run)
 
 
