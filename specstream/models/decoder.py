@@ -10,6 +10,7 @@ Shapes: B rows, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,10 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     for kind, missing in lacking.items():
         if not missing:
             decoder = kind(base)
+            if "past_key_values" not in inspect.signature(decoder.layers[0].forward).parameters:
+                raise ValueError(
+                    f"model type {name!r} does not come apart: its layers take no past_key_values"
+                )
             _check(model, decoder)
             return decoder
     kind, missing = min(lacking.items(), key=lambda item: len(item[1]))
@@ -119,10 +124,15 @@ def _check(model: PreTrainedModel, decoder: Decoder) -> None:
     if model.config._attn_implementation == "eager":
         lowest = torch.finfo(model.dtype).min
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, lowest)
-    hidden = decoder.embed(tokens, places)
-    told = decoder.told(hidden, places)
-    for layer in decoder.layers:
-        hidden = decoder.run(layer, hidden, mask, told)
+    try:
+        hidden = decoder.embed(tokens, places)
+        told = decoder.told(hidden, places)
+        for layer in decoder.layers:
+            hidden = decoder.run(layer, hidden, mask, told)
+    except (TypeError, AttributeError, KeyError) as error:  # the parts want to be told more
+        raise ValueError(
+            f"model type {model.config.model_type!r} does not come apart: {error}"
+        ) from error
     found = decoder.norm(hidden).float()
     whole = model.base_model(
         input_ids=tokens, attention_mask=mask, position_ids=places, use_cache=False

@@ -29,10 +29,16 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def layer_config(target: PretrainedConfig, intermediate_size: int | None) -> LlamaConfig:
-    """Return the sizes and the rotary places of a Llama layer beside a target of this config."""
+    """Return the sizes and the rotary places of a Llama layer beside a target of this config.
+
+    Raises ValueError for heads that cannot be turned, halves against each other.
+    """
     from transformers import LlamaConfig
 
     size, heads = target.hidden_size, target.num_attention_heads
+    head_dim = getattr(target, "head_dim", None) or size // heads
+    if head_dim % 2:
+        raise ValueError(f"EAGLE-3 needs heads of an even number of dimensions, not {head_dim}")
     inner = intermediate_size or getattr(target, "intermediate_size", None) or 4 * size
     rotary = getattr(target, "rope_parameters", None) or {}
     rotary = dict(rotary.get("full_attention") or rotary)  # some have one for each kind of layer
@@ -42,7 +48,7 @@ def layer_config(target: PretrainedConfig, intermediate_size: int | None) -> Lla
         intermediate_size=inner,
         num_attention_heads=heads,
         num_key_value_heads=getattr(target, "num_key_value_heads", None) or heads,
-        head_dim=getattr(target, "head_dim", None) or size // heads,
+        head_dim=head_dim,
         max_position_embeddings=target.max_position_embeddings,
         rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
         rope_parameters=rotary or None,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config
 
 from specstream.drafters import Eagle3
 from specstream.drafters.eagle import EagleState, chosen_layers
@@ -27,6 +28,7 @@ from specstream.generation import (
 from specstream.generation.batch import Batch
 from specstream.generation.lengths import RowLength
 from specstream.models import PretrainedLM
+from specstream.models.eagle import layer_config
 from specstream.models.fingerprint import fingerprint
 from specstream.models.walk import read
 from specstream.sampling import Noise, Sampling
@@ -392,3 +394,5 @@ def test_targets_that_do_not_fit_are_refused(target: PretrainedLM) -> None:
         pipeline(target, drafter, FixedLength(5))
     with pytest.raises(ValueError, match="TokenRejection judges chains"):
         SpeculativePipeline(target, drafter, letters(), TokenRejection(), FixedLength(2))
+    with pytest.raises(ValueError, match="heads of an even number of dimensions, not 3"):
+        layer_config(GPT2Config(n_embd=6, n_head=2), None)

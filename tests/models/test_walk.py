@@ -64,3 +64,17 @@ def test_a_model_that_does_more_between_its_parts_is_refused() -> None:
 def test_a_model_that_rescales_its_logits_is_refused() -> None:
     with pytest.raises(ValueError, match="logit_scale in its config"):
         assert toy_lm(VOCABULARY, num_layers=2, architecture="cohere").decoder
+
+
+@pytest.mark.parametrize(
+    ("architecture", "line"),
+    [
+        ("gpt_bigcode", "'gpt_bigcode' does not come apart: its layers take no past_key_values"),
+        ("gemma3_text", "'gemma3_text' does not come apart: .* missing .* 'layer_type'"),
+    ],
+)
+def test_a_model_whose_parts_are_called_in_another_way_is_refused(
+    architecture: str, line: str
+) -> None:
+    with pytest.raises(ValueError, match=line):
+        assert toy_lm(VOCABULARY, num_layers=2, architecture=architecture).decoder
