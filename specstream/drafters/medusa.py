@@ -30,7 +30,7 @@ from specstream.models.compilation import compile_shapes
 from specstream.models.pretrained_lm import PretrainedLM
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise, Sampling
-from specstream.structures import Context, Law, Observation, TokenDraft
+from specstream.structures import MAX_DRAFT, Context, Law, Observation, TokenDraft
 
 WEIGHTS = "medusa.safetensors"
 DEFAULT_NODES = 24  # of the tree that is drafted unless one is given
@@ -95,9 +95,10 @@ class Medusa(Drafter):
             raise ValueError(
                 f"Medusa heads sit on a causal language model, not on {type(target).__name__}"
             )
-        for name, value in (("num_heads", num_heads), ("num_layers_per_head", num_layers_per_head)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not 1 <= num_heads <= MAX_DRAFT:
+            raise ValueError(f"num_heads must lie in 1..{MAX_DRAFT}, not {num_heads}")
+        if num_layers_per_head < 1:
+            raise ValueError(f"num_layers_per_head must be at least 1, not {num_layers_per_head}")
         if paths is not None and branching is not None:
             raise ValueError("give paths or branching, not both")
         head = target.head

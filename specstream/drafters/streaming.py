@@ -17,6 +17,7 @@ Shapes: B rows, T nodes, M nodes kept, R streams, D hidden, V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,8 @@ class SpeculativeStreaming(Drafter):
         self.num_layers = stream_layers if stream_layers is not None else max(top // 2, 1)
         if mode not in MODES:
             raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+        if rank < 1 or not 0 < alpha < math.inf:
+            raise ValueError(f"rank {rank} must be at least 1 and alpha {alpha} be positive")
         if num_streams < 1 or not 1 <= self.num_layers <= top:
             raise ValueError(
                 f"num_streams {num_streams} must be positive and stream_layers {self.num_layers} "
@@ -109,10 +112,17 @@ class SpeculativeStreaming(Drafter):
             )
         if branching is not None and paths is not None:
             raise ValueError("give branching or paths, not both")
-        self.tree = StaticTree(paths or product_paths(branching or [1] * num_streams))
+        if paths is None:
+            paths = product_paths([1] * num_streams if branching is None else branching)
+        self.tree = StaticTree(paths)
         if self.tree.height > num_streams:
             raise ValueError(
                 f"a tree of height {self.tree.height} needs as many streams, not {num_streams}"
+            )
+        if self.tree.num_ranks > target.vocab_size:
+            raise ValueError(
+                f"a tree of {self.tree.num_ranks} ranks needs as many tokens, not "
+                f"{target.vocab_size}"
             )
         if kept_nodes is not None and kept_nodes < 1:
             raise ValueError(f"kept_nodes must be at least 1, not {kept_nodes}")

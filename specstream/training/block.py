@@ -12,6 +12,7 @@ D hidden, V vocabulary, r rank of the Markov bias.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,8 +165,10 @@ class BlockModule(DraftModule):
             )
         if num_anchors < 1:
             raise ValueError(f"num_anchors must be at least 1, got {num_anchors}")
-        if confidence_weight < 0:
-            raise ValueError(f"confidence_weight must not be negative, got {confidence_weight}")
+        if not 0 <= confidence_weight < math.inf:
+            raise ValueError(
+                f"confidence_weight must not be negative or infinite, got {confidence_weight}"
+            )
         self.weights = weights if weights is not None else ExponentialDecay()
         self.num_anchors = num_anchors
         self.confidence_weight = confidence_weight

@@ -304,7 +304,8 @@ def test_weights_that_are_missing_damaged_or_of_other_heads_are_refused(
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"num_heads": 0}, "num_heads must be at least 1, not 0"),
+        ({"num_heads": 0}, "num_heads must lie in 1..64, not 0"),
+        ({"num_heads": 65}, "num_heads must lie in 1..64, not 65"),
         ({"num_layers_per_head": 0}, "num_layers_per_head must be at least 1, not 0"),
         ({"paths": [[0]], "branching": [1]}, "give paths or branching, not both"),
         ({"branching": [1, 1, 1], "num_heads": 2}, "height 3 needs as many heads, not 2"),

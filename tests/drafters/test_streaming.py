@@ -242,6 +242,11 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
         ({"paths": [[0, 1]], "branching": None}, r"\[0, 1\] has no parent"),
         ({"mode": "lossy"}, "mode 'lossy'"),
         ({"kept_nodes": 0}, "kept_nodes"),
+        ({"rank": 0}, "rank 0 must be at least 1"),
+        ({"alpha": float("nan")}, "alpha nan be positive"),
+        ({"branching": []}, r"branching \[\] must hold positive numbers"),
+        ({"paths": [], "branching": None}, "1..64 nodes, not 0"),
+        ({"paths": [[0], [24]], "branching": None}, "25 ranks needs as many tokens, not 24"),
     ):
         with pytest.raises(ValueError, match=words):
             streams(target, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,8 +226,9 @@ def test_what_cannot_be_trained_is_refused() -> None:
             module(divergence)
     with pytest.raises(ValueError, match="num_anchors must be at least 1, got 0"):
         module(num_anchors=0)
-    with pytest.raises(ValueError, match="confidence_weight must not be negative"):
-        module(confidence_weight=-1.0)
+    for weight in (-1.0, math.nan):
+        with pytest.raises(ValueError, match=f"confidence_weight must not be .*, got {weight}"):
+            module(confidence_weight=weight)
     with pytest.raises(ValueError, match="gamma must be positive"):
         ExponentialDecay(0.0)
     with pytest.raises(ValueError, match=r"smoothing must be in \[0, 1\]"):
