@@ -21,6 +21,7 @@ from specstream.sampling import Sampling
 from specstream.training.base import SummedLossModule
 from specstream.training.decoding import HeldOutDecoding
 from specstream.training.optimization import Schedule
+from specstream.training.run_folder import WRITTEN_FOLDERS
 from specstream.training.sharding import shard_layers, train_in_float32
 
 
@@ -105,6 +106,7 @@ class DraftModule(SummedLossModule, ABC):
                 f"{self.target.vocab_size}: use the target's own tokenizer"
             )
         check_data_tokenizer(self.target, self.processor)
+        check_apart(self.target.path, Path(self.trainer.default_root_dir))
         self.drafter.check_target(self.target, self.processor)
         check_tokenizers(self.target, self.processor, self.drafter)
         if self.decoding is not None:
@@ -121,3 +123,12 @@ class DraftModule(SummedLossModule, ABC):
         named = fingerprint(self.target.model)
         save_drafter(run / "draft", self.drafter, processor, self.target.path, named)
         return run / "draft"
+
+
+def check_apart(target: str, run: Path) -> None:
+    """Raise ValueError for a target in a folder that the run writes, and would replace."""
+    if any(Path(target).resolve() == (run / name).resolve() for name in WRITTEN_FOLDERS):
+        raise ValueError(
+            f"run: {run} holds the target {target!r}, which would be replaced; give --run another "
+            "folder"
+        )

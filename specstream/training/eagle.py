@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from specstream.training.language_modeling import check_row_length, layout
 from specstream.training.optimization import Schedule
 
 COUNTED_ROWS = 4096  # rows of the data whose tokens are counted at once
+VOCABULARY = "eagle_vocabulary"  # key in checkpoints
 
 
 class Eagle3Module(DraftModule):
@@ -128,6 +130,21 @@ class Eagle3Module(DraftModule):
             for step, value in enumerate(values)
         }
         return LossSum((sums[0] * weights).sum(), scored.sum(), metrics)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        assert isinstance(self.drafter, Eagle3)
+        if self.drafter.draft_vocab_size is not None:
+            checkpoint[VOCABULARY] = self.drafter.network.draft_vocabulary.cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        assert isinstance(self.drafter, Eagle3)
+        tokens = self.drafter.network.draft_vocabulary.cpu()
+        if not torch.equal(checkpoint.get(VOCABULARY, tokens), tokens):
+            raise ValueError(
+                "the checkpoint drafts other tokens: resume with the data that the run began with"
+            )
 
 
 def unroll(

@@ -4,6 +4,7 @@
         config.yaml  provenance.json  metrics.jsonl  samples.jsonl  (wandb/  wandb.json)
         last.ckpt  best.ckpt          every trained tensor, and what resuming needs
         draft/ or model/              what generation loads
+        target/                       a target that was tuned together with its drafter
         .replaced/                    the run before, until this one has saved something
 
 A run that exists is refused, unless it is resumed or `--overwrite true` is given.  A run that is
@@ -21,7 +22,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 
 WRITTEN_FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "samples.jsonl", "wandb.json")
-WRITTEN_FOLDERS = ("draft", "model")
+WRITTEN_FOLDERS = ("draft", "model", "target")
 
 
 @dataclass(frozen=True)

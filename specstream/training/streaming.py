@@ -10,6 +10,7 @@ Shapes: B rows, T tokens, M places with streams, R streams, D hidden.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,13 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from specstream.divergences import CrossEntropy, Divergence, chunked_divergence
+from specstream.divergences import (
+    CrossEntropy,
+    Divergence,
+    DPace,
+    EndToEndTV,
+    chunked_divergence,
+)
 from specstream.drafters import Drafter, SpeculativeStreaming
 from specstream.drafters.loading import save_drafter
 from specstream.models.fingerprint import fingerprint
@@ -71,11 +78,16 @@ class StreamingModule(DraftModule):
         merge: bool = True,
     ) -> None:
         super().__init__(drafter, target, optimizer, schedule, decoding, chunk_tokens)
-        if future_weight < 0:
-            raise ValueError(f"future_weight must not be negative, got {future_weight}")
+        if not 0 <= future_weight < math.inf:
+            raise ValueError(f"future_weight must not be negative or infinite, got {future_weight}")
         self.future_weight = future_weight
         self.divergence = divergence if divergence is not None else CrossEntropy()
         self.merge = merge
+        if isinstance(self.divergence, DPace | EndToEndTV):
+            raise ValueError(
+                f"{type(self.divergence).__name__} weighs consecutive places of one drafter; "
+                "streams count alike: give a divergence of single positions"
+            )
 
     def configure_model(self) -> None:
         if self.drafter is not None:
@@ -207,6 +219,7 @@ def stream_states(target: PretrainedLM, drafter: SpeculativeStreaming, batch: Ba
 def future_mask(batch: Batch, ahead: int) -> Tensor:
     """Return which places (B, T) have a scored token of their own document `ahead` places on."""
     documents, scored = batch["documents"], batch["loss_mask"]
+    ahead = min(ahead, documents.shape[1])  # beyond the row there is nothing to score
     later = F.pad(documents[:, ahead:], (0, ahead), value=-2)
     return (later == documents) & F.pad(scored[:, ahead:], (0, ahead), value=False)
 

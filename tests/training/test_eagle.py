@@ -161,6 +161,17 @@ def test_a_reduced_vocabulary_is_that_of_the_training_data(monkeypatch: pytest.M
     assert torch.equal(drafter.network.lm_head.weight, lm.head.weight[[0, 2, 4, 6, 8, 10]])
 
 
+def test_a_checkpoint_of_other_drafted_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = reduced_module(monkeypatch)
+    trained.trainer.callbacks = []
+    checkpoint: dict[str, Any] = {"state_dict": trained.state_dict()}
+    trained.on_save_checkpoint(checkpoint)
+    trained.on_load_checkpoint(checkpoint)
+    trained.drafter.restrict(torch.arange(VOCABULARY))  # type: ignore[union-attr, operator]
+    with pytest.raises(ValueError, match="the checkpoint drafts other tokens"):
+        trained.on_load_checkpoint(checkpoint)
+
+
 def test_only_scored_tokens_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specstream.training.eagle.COUNTED_ROWS", 2)
     tokens = torch.tensor([[1, 2, 2], [3, 3, 1], [4, 1, 1]]).numpy()

@@ -14,7 +14,8 @@ from specstream.training.run_folder import RunFolder
 @pytest.fixture
 def old_run(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "run")
-    (folder.path / "draft").mkdir(parents=True)
+    for name in ("draft", "target"):
+        (folder.path / name).mkdir(parents=True)
     for name in ("last.ckpt", "config.yaml", "notes.txt"):
         (folder.path / name).write_text("")
     return folder
@@ -47,7 +48,9 @@ def test_overwriting_replaces_what_a_run_wrote_and_nothing_else(old_run: RunFold
     (old_run.best / "shard").touch()
     old_run.set_aside()
     assert names(old_run.path) == {"notes.txt", ".replaced"}
-    assert names(old_run.replaced) == {"config.yaml", "draft", "last.ckpt", "best.ckpt"}
+    assert names(old_run.replaced) == {
+        "config.yaml", "draft", "target", "last.ckpt", "best.ckpt"
+    }  # fmt: skip
     old_run.last.touch()
     old_run.settle()
     assert names(old_run.path) == {"notes.txt", "last.ckpt"}
@@ -70,7 +73,7 @@ def test_a_run_set_aside_survives_successors_that_are_killed(old_run: RunFolder)
     for _ in range(2):
         old_run.set_aside()
         (old_run.path / "config.yaml").write_text("of a run that was killed")
-    assert names(old_run.replaced) == {"config.yaml", "draft", "last.ckpt"}
+    assert names(old_run.replaced) == {"config.yaml", "draft", "target", "last.ckpt"}
     assert (old_run.replaced / "config.yaml").read_text() == ""
     with pytest.raises(ValueError, match=r"; the run before it lies in .*/run/\.replaced$"):
         old_run.open(overwrite=False, ckpt_path=None)
@@ -102,7 +105,7 @@ def test_what_breaks_off_the_setting_aside_loses_nothing(
     assert names(old_run.path) == before
     set_partly_aside()
     old_run.set_aside()  # a later start takes it up
-    assert names(old_run.replaced) == {"config.yaml", "draft", "last.ckpt"}
+    assert names(old_run.replaced) == {"config.yaml", "draft", "target", "last.ckpt"}
 
 
 def test_a_folder_with_other_files_is_no_run(tmp_path: Path) -> None:

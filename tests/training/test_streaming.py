@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from specstream.divergences import DPace, EndToEndTV
+from specstream.drafters import SpeculativeStreaming
 from specstream.generation.loading import load_run
 from specstream.models import PretrainedLM
 from specstream.models.lora import add_adapters, save_adapter
+from specstream.training import StreamingModule
 from specstream.training.command import run_training
+from specstream.training.draft_module import check_apart
 from specstream.training.streaming import future_mask, stream_places
 from tests.toys import toy_lm
 from tests.training.conftest import OPTIMIZER
@@ -78,6 +83,7 @@ def test_streams_are_scored_where_their_token_is_in_the_same_document() -> None:
     }
     assert future_mask(batch, 2).tolist() == [[True, True, False, False, False, False, False]]
     assert future_mask(batch, 3).tolist() == [[True, False, False, False, False, False, False]]
+    assert not future_mask(batch, 9).any(), "a row may be shorter than the streams reach"
     places, real = stream_places(batch, 2)
     assert places.tolist() == [[0, 1]] and bool(real.all())
 
@@ -121,3 +127,25 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused_in_a_line(tmp_path: Pa
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds no readable adapter_config.json"):
         PretrainedLM(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"future_weight": -1.0}, "future_weight must not be negative or infinite, got -1.0"),
+        ({"future_weight": math.nan}, "future_weight must not be negative or infinite, got nan"),
+        ({"divergence": DPace()}, "DPace weighs consecutive places"),
+        ({"divergence": EndToEndTV()}, "EndToEndTV weighs consecutive places"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(options: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        StreamingModule(SpeculativeStreaming, toy_lm, **options)
+
+
+def test_a_run_never_replaces_the_target_that_it_reads(tmp_path: Path) -> None:
+    for path in (tmp_path / "other" / "model", tmp_path / "run" / "mine", "facebook/opt-125m"):
+        check_apart(str(path), tmp_path / "run")
+    for name in ("model", "target"):
+        with pytest.raises(ValueError, match=f"run holds the target '.*/{name}', which would be"):
+            check_apart(str(tmp_path / "run" / name), tmp_path / "run")
