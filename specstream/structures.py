@@ -90,6 +90,7 @@ class Observation:
     start: Tensor  # (B,) place of the token that was the last committed one before the pass
     counts: Tensor  # (B,) drafted tokens that stood
     accepted: Sequence[int]  # the same on the host
+    wanted: Sequence[int]  # how many tokens, of a tree how deep, each row wanted in this round
     features: Tensor | None = None  # (B, W+1, F) at that token and those that stood, in order
     riders: Tensor | None = None  # (B, R, D) the drafter's states at the last that stood
 
@@ -191,6 +192,7 @@ class Context:
     active: Tensor  # (B,) bool, rows that still decode
     seen: Tensor | None  # (B, V) bool, tokens that a row holds; kept for warpers with memory only
     history: list[list[int]]  # the committed tokens once more, on the host
+    wanted: Tensor | None = None  # (B,) tokens, of a tree depths, that each row wants this round
     compiled: bool = False  # whether passes of fixed shape run compiled
 
     def elements(self, num_tokens: int) -> Tensor:

@@ -242,6 +242,10 @@ class BlockDrafter(Drafter):
 
     # What is counted, checked, stored
 
+    def extra_repr(self) -> str:
+        """Name what a round costs: costs of one block do not hold for another."""
+        return f"block_size={self.max_tokens}"
+
     def extra_parameters(self) -> dict[str, int]:
         """Count the drafter's own weights by part."""
         network = self.network

@@ -24,18 +24,23 @@ class Candidates:
     tokens: Tensor  # (B, N)
     scores: Tensor  # (B, N) log of the probability of the whole path
     parents: Tensor  # (B, N) which candidate, -1 for the last committed token
+    depths: Tensor  # (B, N) from 1
 
 
-def rerank(found: Candidates, num_nodes: int, lengths: Tensor, height: int) -> TokenDraft:
+def rerank(found: Candidates, num_nodes: int, heights: Tensor, height: int) -> TokenDraft:
     """Return the tree of the `num_nodes` likeliest candidates, in order of depth.
 
     A path is at most as likely as its beginning and comes after it, so with ties going to the
-    earlier candidate no node is chosen without its ancestors.
+    earlier candidate no node is chosen without its ancestors.  A row's candidates below its own
+    height (B,) are not drafted; they may fill it up beyond its length.  `height` is the highest.
     """
-    chosen = likeliest(found.scores, num_nodes).sort(1).values  # (B, K)
+    within = found.depths <= heights[:, None]  # (B, N)
+    scores = found.scores.masked_fill(~within, -torch.inf)
+    chosen = likeliest(scores, num_nodes).sort(1).values  # (B, K)
     numbers = torch.arange(num_nodes, device=chosen.device).expand_as(chosen)
     renumbered = torch.full_like(found.parents, -1).scatter(1, chosen, numbers)
     above = found.parents.gather(1, chosen)
+    lengths = within.gather(1, chosen).sum(1)
     parents = torch.where(above < 0, above, renumbered.gather(1, above.clamp(min=0)))
     return TokenDraft(found.tokens.gather(1, chosen), None, lengths, parents, height)
 
@@ -51,6 +56,7 @@ def joined(first: Candidates, second: Candidates) -> Candidates:
         torch.cat([first.tokens, second.tokens], 1),
         torch.cat([first.scores, second.scores], 1),
         torch.cat([first.parents, second.parents], 1),
+        torch.cat([first.depths, second.depths], 1),
     )
 
 

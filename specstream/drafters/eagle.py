@@ -228,7 +228,8 @@ class Eagle3(Drafter):
 
         This is the part of `propose` with fixed shapes, which is compiled whole.  It first reads
         the places that the last round committed, over whatever that round's guesses had written
-        there.  A row of one token has no feature yet, and drafts nothing.
+        there.  A row that wants less has the tree that it would have alone, whatever its neighbours
+        want; a row of one token has no feature yet, and drafts nothing.
         """
         start = (context.lengths - 1 - self._caught_up).clamp(min=0)
         last = (context.lengths - 2 - start).clamp(min=0)
@@ -236,10 +237,10 @@ class Eagle3(Drafter):
         hidden = hidden.take_along_dim(last[:, None, None], 1)  # (B, 1, D)
         seen = None if context.seen is None else context.seen[:, None]  # (B, 1, V)
         tokens, scores = (found.flatten(1) for found in self._children(hidden, sampling, seen))
-        found = Candidates(tokens, scores, torch.full_like(tokens, -1))  # (B, W)
+        found = Candidates(tokens, scores, torch.full_like(tokens, -1), torch.ones_like(tokens))
         owners = torch.zeros_like(tokens)  # which of the nodes expanded last is the parent
         tree: NodeTree | None = None
-        for _ in range(1, num_tokens):
+        for depth in range(2, num_tokens + 1):
             newest = found.tokens.shape[1] - tokens.shape[1]  # the first candidate of this depth
             best = likeliest(scores, self.width)  # (B, W) those that are expanded
             nodes, owners = tokens.gather(1, best), owners.gather(1, best)
@@ -256,10 +257,13 @@ class Eagle3(Drafter):
             above = (newest + best).repeat_interleave(self.width, 1)
             owners = torch.arange(self.width, device=tokens.device)
             owners = owners.repeat_interleave(self.width).expand_as(tokens)
-            found = joined(found, Candidates(tokens, scores, above))
+            depths = torch.full_like(tokens, depth)
+            found = joined(found, Candidates(tokens, scores, above, depths))
         num = self.drafted(num_tokens)
-        lengths = torch.where(context.lengths > 1, num, 0)
-        return rerank(found, num, lengths, min(num_tokens, num))
+        heights = torch.where(context.lengths > 1, num_tokens, 0)
+        if context.wanted is not None:
+            heights = torch.minimum(heights, context.wanted)
+        return rerank(found, num, heights, min(num_tokens, num))
 
     def _children(
         self, hidden: Tensor, sampling: Sampling, seen: Tensor | None

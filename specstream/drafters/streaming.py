@@ -185,7 +185,10 @@ class SpeculativeStreaming(Drafter):
 
     def observe(self, observation: Observation, cache: StreamState) -> None:
         cache.riders = observation.riders
-        cache.places = observation.start + observation.counts
+        places = observation.start + observation.counts
+        # A row that wanted no draft has streams only if a neighbour did: it must not use them.
+        rode = torch.tensor([wanted > 0 for wanted in observation.wanted]).to(places.device)
+        cache.places = torch.where(rode, places, -1)
 
     # What a rider is (models/walk.py)
 
@@ -205,7 +208,7 @@ class SpeculativeStreaming(Drafter):
         """Say how many states before the first rider are the target's own."""
         self.seated = num_nodes
 
-    def prune(self, hidden: Tensor, tokens: Tensor, tree: NodeTree) -> Tensor | None:
+    def prune(self, hidden: Tensor, tokens: Tensor, tree: NodeTree, real: Tensor) -> Tensor | None:
         """Keep the nodes (B, M) whose paths the early exit finds likeliest; None keeps all.
 
         A path is at most as likely as its beginning, so an ancestor is never dropped before its
@@ -222,6 +225,7 @@ class SpeculativeStreaming(Drafter):
         steps[:, 0] = 0.0
         chances = (tree.ancestors * steps[:, None, :]).sum(2)  # (B, T)
         order = torch.arange(tokens.shape[1], device=tokens.device)
+        chances = torch.where(order < real[:, None], chances, -torch.inf)
         best = (chances - 1e-9 * order).topk(self.kept_nodes + 1, 1).indices
         return best.sort(1).values
 
@@ -241,6 +245,13 @@ class SpeculativeStreaming(Drafter):
             found = adapter_parameters(self.copies)
             tensors |= {f"copies.{name}": p.data for name, p in found.items()}
         return tensors
+
+    def extra_repr(self) -> str:
+        """Name what a round costs: costs of one shape do not hold for another."""
+        return (
+            f"num_streams={self.num_streams}, stream_layers={self.num_layers}, mode={self.mode}, "
+            f"kept_nodes={self.kept_nodes}"
+        )
 
     def extra_parameters(self) -> dict[str, int]:
         """Count what the drafter adds to the target: R D + 2 * 8 * D, adapters apart."""

@@ -33,9 +33,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How many tokens were drafted for a row in a round, and how many of them stood."""
+    """How many tokens were drafted for a row in a round, reached by verification, and stood."""
 
     drafted: int
+    tested: int
     accepted: int
 
 
@@ -99,20 +100,26 @@ class Batch:
         This is the round's one transfer from the device.  `shortened` are the rows that drafted
         less than they would have, because of the limit; such a round is not counted as a full one.
         """
-        columns = [committed.drafted[:, None], committed.counts[:, None], committed.tokens]
-        packed = torch.cat(columns, 1).tolist()
+        counts = [committed.drafted, committed.tested, committed.counts]
+        packed = torch.cat([torch.stack(counts, 1), committed.tokens], 1).tolist()
         self.context.lengths, self.context.seen = committed.lengths, committed.seen
-        outcomes = [Outcome(drafted, accepted) for drafted, accepted, *_ in packed]
+        outcomes = [Outcome(*counts) for *counts, _ in (row[:4] for row in packed)]
         steps = [
             self._commit_row(
-                row, packed[row][2 : 3 + outcomes[row].accepted], outcomes[row], row in shortened
+                row, packed[row][3 : 4 + outcomes[row].accepted], outcomes[row], row in shortened
             )
             for row in self.rows
         ]
         if any(step.finished for step in steps):
-            left = torch.tensor([left > 0 for left in self.remaining])
-            self.context.active = left.to(self.context.active.device)
+            self._close_rows()
         return steps, outcomes
+
+    def _close_rows(self) -> None:
+        """Take rows that have ended out of the passes, at the length at which they were cut."""
+        device = self.context.active.device
+        self.context.active = torch.tensor([left > 0 for left in self.remaining]).to(device)
+        lengths = [len(tokens) for tokens in self.context.history]
+        self.context.lengths = torch.tensor(lengths).to(device)
 
     def _commit_row(self, row: int, tokens: list[int], outcome: Outcome, shortened: bool) -> Step:
         origins = _origins(outcome)
@@ -154,7 +161,7 @@ class Batch:
         missing = drafted - len(stats.tested)
         stats.tested.extend([0] * missing)
         stats.accepted.extend([0] * missing)
-        for i in range(min(accepted + 1, drafted)):
+        for i in range(outcome.tested):
             stats.tested[i] += 1
             stats.accepted[i] += i < accepted
 
@@ -163,5 +170,5 @@ def _origins(outcome: Outcome) -> list[Origin]:
     """Say of each token of a round where it came from."""
     if outcome.drafted == 0:
         return [Origin.PLAIN]
-    last = Origin.BONUS if outcome.accepted == outcome.drafted else Origin.CORRECTION
+    last = Origin.BONUS if outcome.accepted == outcome.tested else Origin.CORRECTION
     return [Origin.ACCEPTED] * outcome.accepted + [last]

@@ -44,8 +44,8 @@ class RowLength(ABC):
     def choose(self) -> int:
         """Return how many tokens to draft in the coming round."""
 
-    def record(self, drafted: int, accepted: int) -> None:  # noqa: B027
-        """Learn that `accepted` of `drafted` tokens stood."""
+    def record(self, tested: int, accepted: int) -> None:  # noqa: B027
+        """Learn that `accepted` of `tested` drafted tokens stood, one after the other."""
 
 
 class DraftLength(ABC):
@@ -156,11 +156,10 @@ class _CostModelRow(RowLength):
         scale = min(1.0, RETRY_WEIGHT / self.tested)
         self.tested, self.accepted = self.tested * scale, self.accepted * scale
 
-    def record(self, drafted: int, accepted: int) -> None:
-        if not drafted:
+    def record(self, tested: int, accepted: int) -> None:
+        if not tested:
             return
         self.tries = 0
-        tested = min(accepted + 1, drafted)
         self.tested = self.policy.decay * self.tested + tested
         self.accepted = self.policy.decay * self.accepted + accepted
 

@@ -110,14 +110,14 @@ class SpeculativePipeline(TextPipeline):
             draft = self.draft(batch.context, state, wanted, noise)
             committed = self.verify(batch.context, cache, draft, noise, riding=max(wanted) > 0)
             self.stats.target_calls += 1
-            self.stats.target_rows += len(alive) * (draft.tokens.shape[1] + 1)
+            self.stats.target_rows += len(alive) * self._width(draft, max(wanted) > 0)
             steps, outcomes = batch.commit(committed, shortened)
             self.stats.draft_calls += max(wanted) > 0
             if max(wanted) or reads:
                 accepted = [outcome.accepted for outcome in outcomes]
-                self.drafter.observe(observation(committed, accepted), state)
+                self.drafter.observe(observation(committed, accepted, wanted), state)
             for row in alive:
-                rows[row].record(outcomes[row].drafted, outcomes[row].accepted)
+                rows[row].record(outcomes[row].tested, outcomes[row].accepted)
             yield steps
 
     def meet_shapes(self, prompts: Sequence[Prompt]) -> None:
@@ -143,10 +143,11 @@ class SpeculativePipeline(TextPipeline):
             return empty_draft(len(wanted), context.tokens.device)
         if self.compiled:  # near a limit a longer draft, cut below, instead of one more graph
             num_tokens = min(k for k in self.lengths.choices if k >= num_tokens)
+        context.wanted = torch.tensor(wanted).to(context.lengths.device)
         draft = self.drafter.propose(context, state, num_tokens, self.sampling, noise)
         if min(wanted) < num_tokens:
-            own = torch.tensor(wanted).to(draft.lengths.device)
-            draft = replace(draft, lengths=torch.minimum(draft.lengths, _nodes(draft, own)))
+            own = _nodes(draft, context.wanted)
+            draft = replace(draft, lengths=torch.minimum(draft.lengths, own))
         if self.compiled and draft.tokens.shape[1]:
             draft = pad_draft(draft, self.lengths.max_tokens)
         return draft
@@ -165,9 +166,6 @@ class SpeculativePipeline(TextPipeline):
         """
         longest = max(len(tokens) for tokens in context.history)
         rider = self.drafter.attach() if riding else None
-        slots = draft.tokens.shape[1] + 1
-        if rider is not None:
-            slots = self.drafter.num_slots(path_width(draft))
         return self._pass(
             self.target,
             self.verifier,
@@ -176,10 +174,16 @@ class SpeculativePipeline(TextPipeline):
             context,
             cache,
             draft,
-            bucket(longest - 1 + slots, cache.capacity),
+            bucket(longest - 1 + self._width(draft, riding), cache.capacity),
             self.drafter.feature_layers,
             rider,
         )
+
+    def _width(self, draft: TokenDraft, riding: bool) -> int:
+        """Return how many positions of a row a pass evaluates, what rides along included."""
+        if riding and self.drafter.attach() is not None:
+            return self.drafter.num_slots(path_width(draft))
+        return draft.tokens.shape[1] + 1
 
     def _quantized(self) -> dict[str, Any]:
         report = quantization_report(self.drafter)

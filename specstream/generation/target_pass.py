@@ -35,6 +35,7 @@ class Committed:
     """What one target pass commits to each row, and what it shows of the target on the way."""
 
     drafted: Tensor  # (B,) tokens that were really drafted; of a tree, those of its longest path
+    tested: Tensor  # (B,) how many verification reached: one more than stood, or all of a path
     counts: Tensor  # (B,) how many of them stood
     tokens: Tensor  # (B, W+1) those, then the target's own token; beyond it, anything
     lengths: Tensor  # (B,) committed tokens after the pass
@@ -65,7 +66,8 @@ def target_pass(
     nodes = torch.cat([last, draft.tokens], 1)  # (B, K+1)
     tree = None if draft.parents is None and rider is None else rooted(draft)
     if feature_layers or rider is not None:
-        shown = walk(target, nodes, start, cache, view, tree, feature_layers, rider)
+        drafted = draft.lengths + 1  # the root is a node
+        shown = walk(target, nodes, start, cache, view, tree, feature_layers, rider, drafted)
     else:
         shown = Walk(target.extend(nodes, start, cache, view, tree=tree), None, None, None)
     slots = start[:, None] + torch.arange(nodes.shape[1], device=nodes.device)
@@ -100,13 +102,16 @@ def target_pass(
         seen = seen.scatter(1, kept, True)
     lengths = context.lengths + (counts + 1) * context.active
     features, riders = _shown_on(path, shown, counts)
-    return Committed(_depth(draft), counts, tokens, lengths, seen, start, features, riders)
+    deepest, tested = _depth(draft), _tested(draft, counts, path)
+    return Committed(deepest, tested, counts, tokens, lengths, seen, start, features, riders)
 
 
-def observation(committed: Committed, accepted: Sequence[int]) -> Observation:
+def observation(
+    committed: Committed, accepted: Sequence[int], wanted: Sequence[int]
+) -> Observation:
     """Return what a drafter is told of a pass of which `accepted` drafted tokens stood."""
     return Observation(
-        committed.start, committed.counts, accepted, committed.features, committed.riders
+        committed.start, committed.counts, accepted, wanted, committed.features, committed.riders
     )
 
 
@@ -151,8 +156,21 @@ def _depth(draft: TokenDraft) -> Tensor:
     """Return how deep each row's draft is (B,)."""
     if draft.parents is None or draft.tokens.shape[1] == 0:
         return draft.lengths
-    real = torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < draft.lengths[:, None]
-    return (depths(draft.parents) * real).amax(1)
+    return (depths(draft.parents) * _real(draft)).amax(1)
+
+
+def _tested(draft: TokenDraft, counts: Tensor, path: Tensor | None) -> Tensor:
+    """Return how many drafted tokens were judged: those that stood, and a rejected one (B,)."""
+    if draft.parents is None or path is None or draft.tokens.shape[1] == 0:
+        return torch.minimum(counts + 1, draft.lengths)
+    ends = F.pad(path, (1, 0), value=-1).gather(1, counts[:, None])  # (B, 1) -1: the root
+    refused = ((draft.parents == ends) & _real(draft)).any(1)  # the end has drafted children
+    return counts + refused
+
+
+def _real(draft: TokenDraft) -> Tensor:
+    """Return which of the drafted tokens are real (B, K)."""
+    return torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < draft.lengths[:, None]
 
 
 def _shown_on(

@@ -32,8 +32,11 @@ class Rider(Protocol):
     def upper_layers(self) -> Sequence[nn.Module] | None:
         """Return layers to use instead of the target's own from there on; None: the target's."""
 
-    def prune(self, hidden: Tensor, tokens: Tensor, tree: NodeTree) -> Tensor | None:
-        """Return the nodes (B, M) to go on with, ascending, ancestors included; None: all."""
+    def prune(self, hidden: Tensor, tokens: Tensor, tree: NodeTree, real: Tensor) -> Tensor | None:
+        """Return the nodes (B, M) to go on with, ascending, ancestors included; None: all.
+
+        The first real (B,) of a row's nodes count; others may only fill M up.
+        """
 
     def board(self, hidden: Tensor) -> Tensor:
         """Return the riders (B, M, R, D) of nodes with states `hidden` (B, M, D)."""
@@ -61,9 +64,12 @@ def walk(
     tree: NodeTree | None = None,
     feature_layers: Sequence[int] = (),
     rider: Rider | None = None,
+    real: Tensor | None = None,
     num_logits: int = 0,
 ) -> Walk:
     """Run one pass over `cache` as `PretrainedLM.extend` does, watched, with an optional rider.
+
+    With a rider, the first `real` (B,) of a row's nodes count.
 
     Riders' keys and values are written to the slots after the nodes', where the next pass
     overwrites them: they are kept for this pass only.
@@ -90,8 +96,8 @@ def walk(
 
     hidden, kept = climb(hidden, 0, join), None
     if rider is not None:
-        assert tree is not None, "streams ride with a tree, be it of a single node"
-        kept = rider.prune(hidden, tokens, tree)
+        assert tree is not None and real is not None, "streams ride with a tree, even of one node"
+        kept = rider.prune(hidden, tokens, tree, real)
         if kept is not None:
             hidden, slots, tree = _keep(hidden, kept), _keep(slots, kept), _keep_tree(tree, kept)
             features, num_nodes = [_keep(feature, kept) for feature in features], kept.shape[1]

@@ -10,9 +10,14 @@ def test_a_reranked_tree_keeps_ancestors_the_order_of_depths_and_the_first_of_eq
     tokens = torch.tensor([[10, 11, 12, 13, 14, 15]])
     parents = torch.tensor([[-1, -1, 1, 1, 0, 0]])
     scores = torch.tensor([[-1.0, -0.1, -0.1, -2.0, -1.0, -1.0]])
-    draft = rerank(Candidates(tokens, scores, parents), 4, torch.tensor([4]), 2)
+    depths = torch.tensor([[1, 1, 2, 2, 2, 2]])
+    found = Candidates(tokens, scores, parents, depths)
+    draft = rerank(found, 4, torch.tensor([2]), 2)
     assert draft.tokens.tolist() == [[10, 11, 12, 14]]
     assert draft.parents is not None and draft.parents.tolist() == [[-1, -1, 1, 0]]
+    assert draft.lengths.tolist() == [4]
+    low = rerank(found, 4, torch.tensor([1]), 2)
+    assert low.lengths.tolist() == [2] and low.tokens[0, :2].tolist() == [10, 11]
 
 
 def test_an_extended_tree_shows_each_node_its_ancestors_and_itself() -> None:

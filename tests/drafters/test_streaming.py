@@ -122,7 +122,8 @@ def riding(drafter: SpeculativeStreaming, prompt: list[int], nodes: list[int]) -
     target.extend(tokens[:, : len(prompt) - 1], torch.tensor([0]), cache, 256)
     width = len(nodes) + 1
     tree = NodeTree(torch.arange(width)[None], torch.ones(1, width, width).tril().bool())
-    seen = walk(target, tokens[:, len(prompt) - 1 :], start, cache, 256, tree, (), drafter)
+    real = torch.tensor([width])
+    seen = walk(target, tokens[:, len(prompt) - 1 :], start, cache, 256, tree, (), drafter, real)
     cache = target.new_cache(1, 256)
     return seen, target.extend(tokens, torch.tensor([0]), cache, 256)[:, len(prompt) - 1 :]
 
@@ -170,7 +171,7 @@ def test_a_pruned_tree_holds_the_parents_of_its_nodes() -> None:
     draft = drafter.tree.fill(torch.randint(VOCABULARY, (2, 3, 3)), 3)
     tokens = torch.cat([torch.tensor([[1], [2]]), draft.tokens], 1)
     tree = rooted(draft)
-    kept = drafter.prune(torch.randn(2, tokens.shape[1], 16), tokens, tree)
+    kept = drafter.prune(torch.randn(2, tokens.shape[1], 16), tokens, tree, draft.lengths + 1)
     assert kept is not None and kept.shape == (2, 5)
     for row in range(2):
         nodes = kept[row].tolist()
@@ -213,7 +214,7 @@ def test_a_plain_round_leaves_no_stale_draft() -> None:
         if riding_along:
             from specstream.generation.target_pass import observation
 
-            drafter.observe(observation(shown, [0]), state)
+            drafter.observe(observation(shown, [0], [1]), state)
         batch.commit(shown)
         draft = drafter.propose(batch.context, state, 2, GREEDY, noise)
         assert int(draft.lengths) == expected

@@ -29,7 +29,8 @@ def drafted_rounds(row: RowLength, accept: float, num_rounds: int) -> list[int]:
     chosen = []
     for _ in range(num_rounds):
         chosen.append(row.choose())
-        row.record(chosen[-1], int(accept * chosen[-1]))
+        accepted = int(accept * chosen[-1])
+        row.record(min(accepted + 1, chosen[-1]), accepted)
     return chosen
 
 
