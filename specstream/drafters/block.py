@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from specstream.drafters.base import Drafter
+from specstream.drafters.features import check_layers
 from specstream.drafters.sequential import (
     ConfidenceHead,
     MarkovHead,
@@ -290,13 +291,4 @@ def _feature_layers(wanted: Sequence[int] | None, num_layers: int) -> tuple[int,
         first, last = (0, num_layers - 1) if small else (1, num_layers - 3)
         count = min(3, num_layers) if small else 5
         return tuple(round(first + i * (last - first) / max(count - 1, 1)) for i in range(count))
-    layers = tuple(wanted)
-    if (
-        not layers
-        or sorted(set(layers)) != list(layers)
-        or not 0 <= layers[0] <= layers[-1] <= (num_layers)
-    ):
-        raise ValueError(
-            f"feature_layers {list(layers)} must ascend within 0..{num_layers} for this target"
-        )
-    return layers
+    return check_layers(wanted, num_layers)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from specstream.drafters.base import Drafter
 from specstream.drafters.draft_model import prefill_width
 from specstream.drafters.dynamic_tree import Candidates, extended, joined, likeliest, rerank
-from specstream.drafters.features import FeatureBuffer
+from specstream.drafters.features import FeatureBuffer, check_layers
 from specstream.drafters.stored import read_tensors, write_tensors
 from specstream.models.cache import NodeTree, SlotCache, attention_mask, bucket
 from specstream.models.compilation import compile_shapes
@@ -384,8 +384,4 @@ def chosen_layers(layers: Sequence[int] | None, num_layers: int) -> tuple[int, .
         usual = (1, num_layers // 2 - 1, num_layers - 4)
         few = tuple(sorted({0, num_layers // 2, num_layers - 1}))
         return usual if num_layers >= 7 else few
-    if not layers or sorted({*layers}) != list(layers) or layers[0] < 0 or layers[-1] > num_layers:
-        raise ValueError(
-            f"feature_layers must be ascending numbers in 0..{num_layers}, not {list(layers)}"
-        )
-    return tuple(layers)
+    return check_layers(layers, num_layers)

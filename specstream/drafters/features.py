@@ -5,10 +5,21 @@ Shapes: B rows, C capacity, W tokens a round, F features of one place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from specstream.structures import Observation
+
+
+def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Return the numbers of the layers to read; ValueError for such that the target lacks."""
+    if not layers or sorted({*layers}) != list(layers) or layers[0] < 0 or layers[-1] > num_layers:
+        raise ValueError(
+            f"feature_layers must be ascending numbers in 0..{num_layers}, not {list(layers)}"
+        )
+    return tuple(layers)
 
 
 class FeatureBuffer:

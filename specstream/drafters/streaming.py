@@ -6,6 +6,10 @@ to what its node sees and to the streams 1..j of the same node (eq. 2), and says
 target's own head which token comes j places after the node's next one.  So the pass that verifies
 one tree drafts the next, and the streams of the last node that stood are the next draft.
 
+Said otherwise than in the paper: stream j has the rotary place of its token, j after its node's;
+the early exit goes through the target's final norm, and its loss counts as much as the next
+token's; pruning keeps a fixed number of the likeliest nodes, where the paper has a threshold.
+
 Two modes.  `shared`: streams and target were tuned together (one low-rank adapter, since merged
 into the target), and the streams use the target's layers as they are.  `lossless`: the target is
 frozen, and adapters act on the streams' positions only; they live in copies of the upper layers
@@ -254,12 +258,15 @@ class SpeculativeStreaming(Drafter):
         )
 
     def extra_parameters(self) -> dict[str, int]:
-        """Count what the drafter adds to the target: R D + 2 * 8 * D, adapters apart."""
+        """Count what the drafter adds to the target: R D + 2 * 8 * D, and adapters of its own.
+
+        In mode `shared` the adapters are the tuned target's.
+        """
         adapters = adapter_parameters(self.copies) if self.copies is not None else {}
         return {
             "stream embeddings": self.embeddings.numel(),
             "early exit": sum(p.numel() for p in self.early_exit.parameters()),
-            "adapters": sum(p.numel() for p in adapters.values()),
+            "stream adapters": sum(p.numel() for p in adapters.values()),
         }
 
     def check_target(self, target: nn.Module, processor: TextProcessor) -> None:

@@ -107,7 +107,7 @@ class DraftModule(SummedLossModule, ABC):
             )
         check_data_tokenizer(self.target, self.processor)
         check_apart(self.target.path, Path(self.trainer.default_root_dir))
-        self.drafter.check_target(self.target, self.processor)
+        self.pipeline()  # what could not decode is refused before it is trained
         check_tokenizers(self.target, self.processor, self.drafter)
         if self.decoding is not None:
             self.decoding.check(self)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW
@@ -93,6 +94,14 @@ def check_row_length(data: Any, models: dict[str, PretrainedLM]) -> None:
                 f"data: sequence_length {length} is longer than the {model.max_positions} "
                 f"positions of the {name}"
             )
+
+
+def scored_ahead(batch: Batch, ahead: int) -> Tensor:
+    """Return which places (B, T) have a scored token of their own document `ahead` places on."""
+    documents, scored = batch["documents"], batch["loss_mask"]
+    ahead = min(ahead, documents.shape[1])  # beyond the row there is nothing to score
+    later = F.pad(documents[:, ahead:], (0, ahead), value=-2)
+    return (later == documents) & F.pad(scored[:, ahead:], (0, ahead), value=False)
 
 
 def layout(batch: Batch) -> tuple[Tensor, Tensor | None]:

@@ -28,7 +28,7 @@ from specstream.structures import MAX_DRAFT
 from specstream.training.base import Batch, LossSum
 from specstream.training.decoding import HeldOutDecoding
 from specstream.training.draft_module import DraftModule
-from specstream.training.language_modeling import check_row_length, layout
+from specstream.training.language_modeling import check_row_length, layout, scored_ahead
 from specstream.training.optimization import Schedule
 
 RANKS = 8  # guesses of each head whose accuracy validation measures
@@ -99,7 +99,7 @@ class MedusaModule(DraftModule):
         metrics: dict[str, Tensor] = {}
         for k, head in enumerate(self.drafter.heads, 1):
             ahead = k + 1  # from the place whose state the head reads to the token that it says
-            scored = scored_ahead(batch, ahead)
+            scored = scored_ahead(batch, ahead)[:, :-ahead]
             states, labels = hidden[:, :-ahead][scored], tokens[:, ahead:][scored]  # (N, D), (N,)
             taught = None
             if self.divergence.needs_target:  # by the state one place before that token
@@ -156,9 +156,3 @@ class MedusaModule(DraftModule):
         if self.tree_nodes is not None and TREE in checkpoint:
             assert isinstance(self.drafter, Medusa)
             self.drafter.hang(checkpoint[TREE])
-
-
-def scored_ahead(batch: Batch, ahead: int) -> Tensor:
-    """Return which places (B, T - ahead) have a scored token of their own document so far ahead."""
-    documents = batch["documents"]
-    return batch["loss_mask"][:, ahead:] & (documents[:, ahead:] == documents[:, :-ahead])

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -38,7 +37,7 @@ from specstream.processors import TextProcessor
 from specstream.training.base import Batch, LossSum
 from specstream.training.decoding import HeldOutDecoding
 from specstream.training.draft_module import DraftModule
-from specstream.training.language_modeling import check_row_length
+from specstream.training.language_modeling import check_row_length, scored_ahead
 from specstream.training.optimization import Schedule
 
 
@@ -108,6 +107,10 @@ class StreamingModule(DraftModule):
             add_adapters(
                 self.target.decoder.layers, self.drafter.rank, self.drafter.alpha, self.run_seed
             )
+        if not self.future_weight:
+            if self.drafter.mode == "lossless":
+                raise ValueError("future_weight 0 leaves nothing to train in mode lossless")
+            self.drafter.embeddings.requires_grad_(False)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -116,7 +119,7 @@ class StreamingModule(DraftModule):
 
     def loss(self, batch: Batch) -> LossSum:
         assert isinstance(self.drafter, SpeculativeStreaming) and self.target is not None
-        found = stream_states(self.target, self.drafter, batch)
+        found = stream_states(self.target, self.drafter, batch, bool(self.future_weight))
         tokens, mask = batch["input_ids"], batch["loss_mask"][:, 1:]
         head, labels = self.target.head, tokens[:, 1:][mask]
         count = mask.sum()
@@ -135,8 +138,7 @@ class StreamingModule(DraftModule):
         if self.future_weight:
             futures = self._future(found, batch)
             losses |= futures
-            ahead = [value for name, value in futures.items() if name.startswith("stream_")]
-            total = total + self.future_weight * torch.stack(ahead).sum()
+            total = total + self.future_weight * torch.stack([*futures.values()]).sum()
         return LossSum(total, count, {name: value.detach() for name, value in losses.items()})
 
     def _future(self, found: Streams, batch: Batch) -> dict[str, Tensor]:
@@ -145,7 +147,7 @@ class StreamingModule(DraftModule):
         head, losses = self.target.head, {}
         for stream in range(found.riders.shape[2]):
             ahead = stream + 2  # stream j at place t speaks of token t + 1 + j
-            scored = future_mask(batch, ahead).gather(1, found.places) & found.real  # (B, M)
+            scored = scored_ahead(batch, ahead).gather(1, found.places) & found.real  # (B, M)
             places = (found.places + ahead).clamp(max=batch["input_ids"].shape[1] - 1)
             labels = batch["input_ids"].gather(1, places)[scored]
             teacher = None
@@ -186,8 +188,10 @@ class StreamingModule(DraftModule):
         return tuned
 
 
-def stream_states(target: PretrainedLM, drafter: SpeculativeStreaming, batch: Batch) -> Streams:
-    """Run the main stream and all streams that are scored through the target, without a cache."""
+def stream_states(
+    target: PretrainedLM, drafter: SpeculativeStreaming, batch: Batch, with_streams: bool = True
+) -> Streams:
+    """Run the main stream and the streams that are scored through the target, without a cache."""
     tokens, positions, documents = (batch[name] for name in ("input_ids", "positions", "documents"))
     decoder, size = target.decoder, tokens.shape[1]
     _, mask = document_mask(documents)  # (B, 1, T, T)
@@ -199,12 +203,15 @@ def stream_states(target: PretrainedLM, drafter: SpeculativeStreaming, batch: Ba
         hidden = decoder.run(decoder.layers[index], hidden, layer_mask, told)
     joining = hidden
     places, real = stream_places(batch, drafter.num_streams)
+    if not with_streams:
+        places, real = places[:, :0], real[:, :0]
     riders = drafter.board(joining.take_along_dim(places[:, :, None], 1))  # (B, M, R, D)
     hidden = torch.cat([joining, riders.flatten(1, 2)], 1)  # (B, T + M R, D)
     ahead = torch.arange(1, drafter.num_streams + 1, device=tokens.device)
     rides = positions.gather(1, places)[:, :, None] + ahead  # (B, M, R)
     told = decoder.told(hidden, target.places(torch.cat([positions, rides.flatten(1)], 1)))
-    told["stream_mask"] = mask[:, 0].take_along_dim(places[:, :, None], 1)  # (B, M, T)
+    if with_streams:
+        told["stream_mask"] = mask[:, 0].take_along_dim(places[:, :, None], 1)  # (B, M, T)
     drafter.seat(size)
     layers = drafter.upper_layers or list(decoder.layers)[drafter.first_layer :]
     for index, layer in enumerate(layers, drafter.first_layer):
@@ -216,19 +223,11 @@ def stream_states(target: PretrainedLM, drafter: SpeculativeStreaming, batch: Ba
     )
 
 
-def future_mask(batch: Batch, ahead: int) -> Tensor:
-    """Return which places (B, T) have a scored token of their own document `ahead` places on."""
-    documents, scored = batch["documents"], batch["loss_mask"]
-    ahead = min(ahead, documents.shape[1])  # beyond the row there is nothing to score
-    later = F.pad(documents[:, ahead:], (0, ahead), value=-2)
-    return (later == documents) & F.pad(scored[:, ahead:], (0, ahead), value=False)
-
-
 def stream_places(batch: Batch, num_streams: int) -> tuple[Tensor, Tensor]:
     """Return the places (B, M) of which some stream is scored, and which of the M are real."""
-    wanted = future_mask(batch, 2)
+    wanted = scored_ahead(batch, 2)
     for ahead in range(3, num_streams + 2):
-        wanted = wanted | future_mask(batch, ahead)
+        wanted = wanted | scored_ahead(batch, ahead)
     most = max(int(wanted.sum(1).max()), 1)
     order = wanted.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
     return order, wanted.gather(1, order)

@@ -166,18 +166,28 @@ def test_training_computes_the_streams_that_decoding_does(architecture: str, mod
     assert first in trained.places[0].tolist()
 
 
-def test_a_pruned_tree_holds_the_parents_of_its_nodes() -> None:
+def test_a_pruned_tree_holds_its_likeliest_nodes_and_their_parents() -> None:
     drafter = streams(frozen("llama"), kept_nodes=4)
     draft = drafter.tree.fill(torch.randint(VOCABULARY, (2, 3, 3)), 3)
     tokens = torch.cat([torch.tensor([[1], [2]]), draft.tokens], 1)
     tree = rooted(draft)
-    kept = drafter.prune(torch.randn(2, tokens.shape[1], 16), tokens, tree, draft.lengths + 1)
+    hidden = torch.randn(2, tokens.shape[1], 16)
+    kept = drafter.prune(hidden, tokens, tree, torch.tensor([tokens.shape[1], 8]))
     assert kept is not None and kept.shape == (2, 5)
     for row in range(2):
         nodes = kept[row].tolist()
         assert nodes[0] == 0 and nodes == sorted(nodes)
         for node in nodes:
             assert set(tree.ancestors[row, node].nonzero().flatten().tolist()) <= set(nodes)
+    exits = drafter.target.head(drafter.target.decoder.norm(drafter.early_exit(hidden)))
+    for row, real in enumerate((tokens.shape[1], 8)):
+        chances = [0.0]
+        for node in range(1, real):
+            parent = int(draft.parents[row, node - 1]) + 1
+            step = exits[row, parent].log_softmax(-1)[tokens[row, node]]
+            chances.append(chances[parent] + float(step))
+        best = sorted(range(real), key=lambda node: -chances[node])[:5]
+        assert sorted(best) == kept[row].tolist()
 
 
 def test_streams_add_twenty_numbers_a_hidden_unit_and_count_adapters_apart() -> None:
@@ -185,8 +195,8 @@ def test_streams_add_twenty_numbers_a_hidden_unit_and_count_adapters_apart() -> 
     size = target.config.hidden_size
     shared = SpeculativeStreaming(target, 4, mode="shared").extra_parameters()
     assert shared["stream embeddings"] + shared["early exit"] == 20 * size
-    assert shared["adapters"] == 0
-    assert SpeculativeStreaming(target, 4, rank=2).extra_parameters()["adapters"] > 0
+    assert shared["stream adapters"] == 0
+    assert SpeculativeStreaming(target, 4, rank=2).extra_parameters()["stream adapters"] > 0
 
 
 def test_saved_streams_load_for_their_target_only(tmp_path: Path) -> None:

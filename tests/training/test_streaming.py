@@ -19,7 +19,8 @@ from specstream.models.lora import add_adapters, save_adapter
 from specstream.training import StreamingModule
 from specstream.training.command import run_training
 from specstream.training.draft_module import check_apart
-from specstream.training.streaming import future_mask, stream_places
+from specstream.training.language_modeling import scored_ahead
+from specstream.training.streaming import stream_places
 from tests.toys import toy_lm
 from tests.training.conftest import OPTIMIZER
 
@@ -81,9 +82,9 @@ def test_streams_are_scored_where_their_token_is_in_the_same_document() -> None:
         "documents": torch.tensor([[0, 0, 0, 0, 1, 1, -1]]),
         "loss_mask": torch.tensor([[False, False, True, True, True, True, False]]),
     }
-    assert future_mask(batch, 2).tolist() == [[True, True, False, False, False, False, False]]
-    assert future_mask(batch, 3).tolist() == [[True, False, False, False, False, False, False]]
-    assert not future_mask(batch, 9).any(), "a row may be shorter than the streams reach"
+    assert scored_ahead(batch, 2).tolist() == [[True, True, False, False, False, False, False]]
+    assert scored_ahead(batch, 3).tolist() == [[True, False, False, False, False, False, False]]
+    assert not scored_ahead(batch, 9).any(), "a row may be shorter than the streams reach"
     places, real = stream_places(batch, 2)
     assert places.tolist() == [[0, 1]] and bool(real.all())
 
