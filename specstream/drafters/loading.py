@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 
 from specstream.config_errors import not_accepted
 from specstream.drafters.base import Drafter
+from specstream.files import replaced_folder
 from specstream.models.fingerprint import fingerprint
 from specstream.models.pretrained_lm import PretrainedLM
 from specstream.processors import TextProcessor
@@ -38,23 +38,12 @@ def save_drafter(
 
     A drafter that lives on its target's states is loaded for the target of that fingerprint only.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    block = drafter.save(temporary, processor)
     target: dict[str, Any] = {"path": target_path}
     if target_fingerprint is not None:
         target["fingerprint"] = target_fingerprint
-    record = {"drafter": block, "target": target}
-    (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        folder.rename(old)
-        temporary.rename(folder)
-        for file in old.iterdir():
-            file.unlink()
-        old.rmdir()
-    else:
-        temporary.rename(folder)
+    with replaced_folder(folder) as new:
+        record = {"drafter": drafter.save(new, processor), "target": target}
+        (new / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

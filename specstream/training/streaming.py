@@ -29,6 +29,7 @@ from specstream.divergences import (
 )
 from specstream.drafters import Drafter, SpeculativeStreaming
 from specstream.drafters.loading import save_drafter
+from specstream.files import replaced_folder
 from specstream.models.fingerprint import fingerprint
 from specstream.models.lora import add_adapters, fold, save_adapter
 from specstream.models.pretrained_lm import PretrainedLM, document_mask
@@ -177,15 +178,15 @@ class StreamingModule(DraftModule):
     def _export_target(self, folder: Path, processor: TextProcessor) -> PretrainedLM:
         """Write the tuned target, whole or as its adapters, and return it."""
         assert self.target is not None
-        if not self.merge:
-            save_adapter(folder, self.target.model, self.target.path)
-            processor.tokenizer.save_pretrained(folder)
-            return PretrainedLM(str(folder))
-        model = copy.deepcopy(self.target.model)
-        fold(model)
-        tuned = PretrainedLM.of(model, str(folder))
-        tuned.save(folder, processor.tokenizer)
-        return tuned
+        with replaced_folder(folder) as new:
+            if self.merge:
+                model = copy.deepcopy(self.target.model)
+                fold(model)
+                PretrainedLM.of(model).save(new, processor.tokenizer)
+            else:
+                save_adapter(new, self.target.model, self.target.path)
+                processor.tokenizer.save_pretrained(new)
+        return PretrainedLM(str(folder))
 
 
 def stream_states(

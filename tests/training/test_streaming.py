@@ -102,6 +102,10 @@ def test_a_tuned_target_is_kept_whole_or_as_its_adapters(
     files = {file.name for file in (tmp_path / "merge-False" / "target").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files
     assert "config.json" not in files
+    config = write_config("merge-True", block(target, "shared", merge=False), max_steps=4)
+    assert run_training(["--config", config, "--ckpt_path=last"]) == 0
+    again = {file.name for file in (tmp_path / "merge-True" / "target").iterdir()}
+    assert again == files, "the whole model is gone"
     base = PretrainedLM(target, dtype="float32")(torch.tensor([[3, 5, 7, 9]]))
     assert (laws[0] - base).abs().max() > 10 * (laws[0] - laws[1]).abs().max()
 
