@@ -90,7 +90,8 @@ class Observation:
     start: Tensor  # (B,) place of the token that was the last committed one before the pass
     counts: Tensor  # (B,) drafted tokens that stood
     accepted: Sequence[int]  # the same on the host
-    wanted: Sequence[int]  # how many tokens, of a tree how deep, each row wanted in this round
+    # (B,) how many tokens, of a tree how deep, each row wanted; None: no row wanted any
+    wanted: Tensor | None
     features: Tensor | None = None  # (B, W+1, F) at that token and those that stood, in order
     riders: Tensor | None = None  # (B, R, D) the drafter's states at the last that stood
 

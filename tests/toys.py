@@ -190,7 +190,7 @@ def spell(text: str) -> list[int]:
 def stood(accepted: Sequence[int]) -> Observation:
     """What a drafter is told when so many of each row's drafted tokens stood."""
     counts = torch.tensor(accepted)
-    return Observation(torch.zeros_like(counts), counts, accepted, [1] * len(accepted))
+    return Observation(torch.zeros_like(counts), counts, accepted, torch.ones_like(counts))
 
 
 class TreeOfLM(Drafter):

@@ -191,8 +191,8 @@ class SpeculativeStreaming(Drafter):
         cache.riders = observation.riders
         places = observation.start + observation.counts
         # A row that wanted no draft has streams only if a neighbour did: it must not use them.
-        rode = torch.tensor([wanted > 0 for wanted in observation.wanted]).to(places.device)
-        cache.places = torch.where(rode, places, -1)
+        assert observation.wanted is not None, "streams ride in rounds that draft"
+        cache.places = torch.where(observation.wanted > 0, places, -1)
 
     # What a rider is (models/walk.py)
 

@@ -76,7 +76,9 @@ def measure_costs(pipeline: SpeculativePipeline) -> StepCosts:
     nothing = pipeline.draft(context, state, [0] * len(lengths), noise)
     # A drafter that lives on what target passes show is shown one.
     shown = pipeline.verify(context, cache, nothing, noise, riding=True)
-    pipeline.drafter.observe(observation(shown, [0] * len(lengths), [top] * len(lengths)), state)
+    pipeline.drafter.observe(
+        observation(shown, [0] * len(lengths), torch.full_like(context.lengths, top)), state
+    )
     passes: list[Callable[[], object]] = [lambda: pipeline.verify(context, cache, nothing, noise)]
     for k in pipeline.lengths.choices:
         wanted = [k] * len(lengths)

@@ -115,7 +115,7 @@ class SpeculativePipeline(TextPipeline):
             self.stats.draft_calls += max(wanted) > 0
             if max(wanted) or reads:
                 accepted = [outcome.accepted for outcome in outcomes]
-                self.drafter.observe(observation(committed, accepted, wanted), state)
+                self.drafter.observe(observation(committed, accepted, batch.context.wanted), state)
             for row in alive:
                 rows[row].record(outcomes[row].tested, outcomes[row].accepted)
             yield steps
@@ -139,6 +139,7 @@ class SpeculativePipeline(TextPipeline):
         Where every row wants 0 the drafter is not run at all.
         """
         num_tokens = max(wanted)
+        context.wanted = None
         if num_tokens == 0:
             return empty_draft(len(wanted), context.tokens.device)
         if self.compiled:  # near a limit a longer draft, cut below, instead of one more graph

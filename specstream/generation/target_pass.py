@@ -107,7 +107,7 @@ def target_pass(
 
 
 def observation(
-    committed: Committed, accepted: Sequence[int], wanted: Sequence[int]
+    committed: Committed, accepted: Sequence[int], wanted: Tensor | None
 ) -> Observation:
     """Return what a drafter is told of a pass of which `accepted` drafted tokens stood."""
     return Observation(

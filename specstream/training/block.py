@@ -26,8 +26,6 @@ from torch.optim import AdamW
 
 from specstream.divergences import (
     Divergence,
-    DPace,
-    EndToEndTV,
     ForwardKL,
     acceptance,
     chunked_divergence,
@@ -39,8 +37,8 @@ from specstream.models.walk import read
 from specstream.sampling import Noise, Role
 from specstream.training.base import Batch, LossSum
 from specstream.training.decoding import HeldOutDecoding
-from specstream.training.draft_module import DraftModule
-from specstream.training.language_modeling import check_row_length, layout
+from specstream.training.draft_module import DraftModule, check_single_places
+from specstream.training.language_modeling import layout
 from specstream.training.optimization import Schedule
 
 VALIDATION = -1  # stands for the epoch: validation looks at the same blocks every time
@@ -158,11 +156,7 @@ class BlockModule(DraftModule):
     ) -> None:
         super().__init__(drafter, target, optimizer, schedule, decoding, chunk_tokens)
         self.divergence = divergence if divergence is not None else ForwardKL()
-        if isinstance(self.divergence, DPace | EndToEndTV):
-            raise ValueError(
-                f"{type(self.divergence).__name__} weighs positions itself, as weights do here: "
-                "give a divergence of single positions"
-            )
+        check_single_places(self.divergence, "positions are weighed by weights")
         if num_anchors < 1:
             raise ValueError(f"num_anchors must be at least 1, got {num_anchors}")
         if not 0 <= confidence_weight < math.inf:
@@ -179,11 +173,6 @@ class BlockModule(DraftModule):
             raise ValueError(
                 f"{type(self).__name__} trains a BlockDrafter, not {type(self.drafter).__name__}"
             )
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        assert self.target is not None
-        check_row_length(self.trainer.datamodule, {"target": self.target})  # type: ignore[attr-defined]
 
     def loss(self, batch: Batch) -> LossSum:
         drafter, target = self.drafter, self.target

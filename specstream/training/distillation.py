@@ -18,7 +18,7 @@ from specstream.sampling import Sampling
 from specstream.training.base import Batch, LossSum
 from specstream.training.decoding import HeldOutDecoding
 from specstream.training.draft_module import DraftModule
-from specstream.training.language_modeling import check_row_length, layout
+from specstream.training.language_modeling import layout
 from specstream.training.on_policy import OnPolicy, find_slots, rewrite
 from specstream.training.optimization import Schedule
 
@@ -69,12 +69,6 @@ class DistillationModule(DraftModule):
                 "on_policy_fraction needs whole models: processes that write different texts would "
                 "wait for each other's shards; use strategy ddp"
             )
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        assert isinstance(self.drafter, DraftModel) and self.target is not None
-        models = {"target": self.target, "drafter": self.drafter.model}
-        check_row_length(self.trainer.datamodule, models)  # type: ignore[attr-defined]
 
     def training_loss(self, batch: Batch, batch_idx: int) -> LossSum:
         if self.on_policy.chooses(self.run_seed, self.current_epoch, batch_idx):

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 from torch.optim import AdamW
 
+from specstream.divergences import Divergence, DPace, EndToEndTV
 from specstream.drafters import Drafter
 from specstream.drafters.loading import save_drafter
 from specstream.generation import DraftLength, Limits, SpeculativePipeline
@@ -20,6 +21,7 @@ from specstream.processors import TextProcessor
 from specstream.sampling import Sampling
 from specstream.training.base import SummedLossModule
 from specstream.training.decoding import HeldOutDecoding
+from specstream.training.language_modeling import check_row_length
 from specstream.training.optimization import Schedule
 from specstream.training.run_folder import WRITTEN_FOLDERS
 from specstream.training.sharding import shard_layers, train_in_float32
@@ -106,6 +108,11 @@ class DraftModule(SummedLossModule, ABC):
                 f"{self.target.vocab_size}: use the target's own tokenizer"
             )
         check_data_tokenizer(self.target, self.processor)
+        models = {"target": self.target}
+        network = getattr(self.drafter, "model", None)
+        if isinstance(network, PretrainedLM):
+            models["drafter"] = network
+        check_row_length(self.trainer.datamodule, models)  # type: ignore[attr-defined]
         check_apart(self.target.path, Path(self.trainer.default_root_dir))
         self.pipeline()  # what could not decode is refused before it is trained
         check_tokenizers(self.target, self.processor, self.drafter)
@@ -123,6 +130,14 @@ class DraftModule(SummedLossModule, ABC):
         named = fingerprint(self.target.model)
         save_drafter(run / "draft", self.drafter, processor, self.target.path, named)
         return run / "draft"
+
+
+def check_single_places(divergence: Divergence, instead: str) -> None:
+    """Raise ValueError for a divergence that weighs consecutive places, where `instead` holds."""
+    if isinstance(divergence, DPace | EndToEndTV):
+        raise ValueError(
+            f"{type(divergence).__name__} weighs consecutive places of one drafter; {instead}"
+        )
 
 
 def check_apart(target: str, run: Path) -> None:

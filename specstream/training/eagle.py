@@ -31,7 +31,7 @@ from specstream.models.walk import read
 from specstream.training.base import Batch, LossSum
 from specstream.training.decoding import HeldOutDecoding
 from specstream.training.draft_module import DraftModule
-from specstream.training.language_modeling import check_row_length, layout
+from specstream.training.language_modeling import layout
 from specstream.training.optimization import Schedule
 
 COUNTED_ROWS = 4096  # rows of the data whose tokens are counted at once
@@ -87,11 +87,6 @@ class Eagle3Module(DraftModule):
             assert self.target is not None
             rows = self.trainer.datamodule.rows("train")  # type: ignore[attr-defined]
             self.drafter.restrict(count_scored(rows, self.target.vocab_size))
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        assert self.target is not None
-        check_row_length(self.trainer.datamodule, {"target": self.target})  # type: ignore[attr-defined]
 
     def loss(self, batch: Batch) -> LossSum:
         assert isinstance(self.drafter, Eagle3) and self.target is not None

@@ -17,8 +17,6 @@ from torch.optim import AdamW
 from specstream.divergences import (
     CrossEntropy,
     Divergence,
-    DPace,
-    EndToEndTV,
     chunked_divergence,
 )
 from specstream.drafters import Drafter, Medusa
@@ -27,8 +25,8 @@ from specstream.models.pretrained_lm import PretrainedLM
 from specstream.structures import MAX_DRAFT
 from specstream.training.base import Batch, LossSum
 from specstream.training.decoding import HeldOutDecoding
-from specstream.training.draft_module import DraftModule
-from specstream.training.language_modeling import check_row_length, layout, scored_ahead
+from specstream.training.draft_module import DraftModule, check_single_places
+from specstream.training.language_modeling import layout, scored_ahead
 from specstream.training.optimization import Schedule
 
 RANKS = 8  # guesses of each head whose accuracy validation measures
@@ -67,11 +65,7 @@ class MedusaModule(DraftModule):
         if not 0 < head_decay <= 1:
             raise ValueError(f"head_decay must be in (0, 1], got {head_decay}")
         self.divergence = divergence if divergence is not None else CrossEntropy()
-        if isinstance(self.divergence, DPace | EndToEndTV):
-            raise ValueError(
-                f"{type(self.divergence).__name__} weighs consecutive places of one drafter; "
-                "heads are weighed by head_decay"
-            )
+        check_single_places(self.divergence, "heads are weighed by head_decay")
         self.head_decay = head_decay
         self.tree_nodes = tree_nodes
 
@@ -84,11 +78,6 @@ class MedusaModule(DraftModule):
         heads = len(self.drafter.heads)
         if self.tree_nodes is not None and not heads <= self.tree_nodes <= MAX_DRAFT:
             raise ValueError(f"tree_nodes must lie in {heads}..{MAX_DRAFT}, got {self.tree_nodes}")
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        assert self.target is not None
-        check_row_length(self.trainer.datamodule, {"target": self.target})  # type: ignore[attr-defined]
 
     def loss(self, batch: Batch) -> LossSum:
         assert isinstance(self.drafter, Medusa) and self.target is not None

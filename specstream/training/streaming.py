@@ -23,8 +23,6 @@ from torch.optim import AdamW
 from specstream.divergences import (
     CrossEntropy,
     Divergence,
-    DPace,
-    EndToEndTV,
     chunked_divergence,
 )
 from specstream.drafters import Drafter, SpeculativeStreaming
@@ -37,8 +35,8 @@ from specstream.models.stream_attention import register
 from specstream.processors import TextProcessor
 from specstream.training.base import Batch, LossSum
 from specstream.training.decoding import HeldOutDecoding
-from specstream.training.draft_module import DraftModule
-from specstream.training.language_modeling import check_row_length, scored_ahead
+from specstream.training.draft_module import DraftModule, check_single_places
+from specstream.training.language_modeling import scored_ahead
 from specstream.training.optimization import Schedule
 
 
@@ -83,11 +81,7 @@ class StreamingModule(DraftModule):
         self.future_weight = future_weight
         self.divergence = divergence if divergence is not None else CrossEntropy()
         self.merge = merge
-        if isinstance(self.divergence, DPace | EndToEndTV):
-            raise ValueError(
-                f"{type(self.divergence).__name__} weighs consecutive places of one drafter; "
-                "streams count alike: give a divergence of single positions"
-            )
+        check_single_places(self.divergence, "streams count alike")
 
     def configure_model(self) -> None:
         if self.drafter is not None:
@@ -112,11 +106,6 @@ class StreamingModule(DraftModule):
             if self.drafter.mode == "lossless":
                 raise ValueError("future_weight 0 leaves nothing to train in mode lossless")
             self.drafter.embeddings.requires_grad_(False)
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        assert self.target is not None
-        check_row_length(self.trainer.datamodule, {"target": self.target})  # type: ignore[attr-defined]
 
     def loss(self, batch: Batch) -> LossSum:
         assert isinstance(self.drafter, SpeculativeStreaming) and self.target is not None

@@ -224,7 +224,7 @@ def test_a_plain_round_leaves_no_stale_draft() -> None:
         if riding_along:
             from specstream.generation.target_pass import observation
 
-            drafter.observe(observation(shown, [0], [1]), state)
+            drafter.observe(observation(shown, [0], torch.tensor([1])), state)
         batch.commit(shown)
         draft = drafter.propose(batch.context, state, 2, GREEDY, noise)
         assert int(draft.lengths) == expected

@@ -222,7 +222,7 @@ def test_a_batch_without_a_scored_token_has_no_loss() -> None:
 
 def test_what_cannot_be_trained_is_refused() -> None:
     for divergence in (DPace(), EndToEndTV()):
-        with pytest.raises(ValueError, match="weighs positions itself"):
+        with pytest.raises(ValueError, match="weighs consecutive places"):
             module(divergence)
     with pytest.raises(ValueError, match="num_anchors must be at least 1, got 0"):
         module(num_anchors=0)
