@@ -164,6 +164,8 @@ class Role(IntEnum):
     DRAFT = 0  # which token the drafter guesses
     ACCEPT = 1  # whether a guess stands
     CORRECT = 2  # which token replaces it, or follows the last
+    ORDER = 3  # which position of a canvas comes first
+    MASK = 4  # which positions a training example hides
 
 
 _GOLDEN = 0x9E3779B97F4A7C15

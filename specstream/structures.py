@@ -79,6 +79,61 @@ class Verdict:
     correction: Tensor  # (B,) the token after the accepted prefix
 
 
+@dataclass(slots=True)
+class Canvas:
+    """The canvases of a batch: texts of which some positions are masked, filled in any order.
+
+    C is the width of the widest row.
+    """
+
+    tokens: Tensor  # (B, C) the mask token where masked; beyond a row's length, anything
+    masked: Tensor  # (B, C) bool: positions that are to be filled yet
+    lengths: Tensor  # (B,) positions of each row
+    prompts: Tensor  # (B,) index of each row's prompt, which keys its noise
+    drawn: Tensor  # (B,) denoising steps that have drawn tokens for the row so far
+
+    def elements(self) -> Tensor:
+        """Number the draws of a row's next step, (B, C), to key their noise: none is used twice.
+
+        The numbers depend on nothing of the row's neighbours.
+        """
+        steps = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return self.drawn[:, None] * self.lengths[:, None] + steps
+
+
+@dataclass(frozen=True, slots=True)
+class CanvasStep:
+    """What one round did to one prompt's canvas; positions count from the canvas's first."""
+
+    prompt: int
+    tokens: list[int]  # the canvas after the round, mask tokens included
+    drafted: list[int]  # positions that the drafter guessed in this round
+    filled: list[int]  # positions that hold a token from this round on
+    remasked: list[int]  # drafted positions that are masked again
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CanvasDraft:
+    """A canvas of a masked diffusion model with guesses in place of some of its masks.
+
+    C positions; unlike the tokens of a chain, drafted ones lie anywhere and each is judged alone.
+    """
+
+    tokens: Tensor  # (B, C) the canvas with the drafted tokens in place
+    drafted: Tensor  # (B, C) bool: which of them this round has drafted
+    steps: Tensor  # (B, C) the denoising step of this round that drew each, 0 the first; else -1
+    probs: Tensor  # (B, C, V) the drafter's law of each when it was drawn
+
+
+@dataclass(frozen=True, slots=True)
+class CanvasVerdict:
+    """Which drafted positions of a canvas stand, and what it holds there.  The rest is remasked."""
+
+    kept: Tensor  # (B, C) bool: of the drafted positions, those that are not masked again
+    tokens: Tensor  # (B, C) the canvas, with the target's tokens where they replace drafted ones
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """What a target pass taught about the last committed token and the drafted ones that stood.

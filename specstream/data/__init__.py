@@ -1,8 +1,9 @@
 """Lightning data modules and the text sources they read.
 
-Reading order: `sources` (what text), `encoding` (tokens and mask), `packing` (rows), `preparation`
-(splits on disk), `loader` (the order of batches), `text` (the data module).  `TextDataModule` is
-imported on first use: sources and prompt files do not need lightning.
+Reading order: `sources` (what text; more of it in `chat`, `docstrings` and `planning`),
+`encoding` (tokens and mask), `packing` (rows), `preparation` (splits on disk), `loader` (the order
+of batches), `text` (the data module).  `TextDataModule` is imported on first use: sources and
+prompt files do not need lightning.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from specstream.data.chat import ChatMessages
+from specstream.data.docstrings import Docstrings
+from specstream.data.planning import Countdown, Sudoku
 from specstream.data.prompts import PromptFile
 from specstream.data.sources import (
     Document,
@@ -25,12 +28,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ChatMessages",
+    "Countdown",
+    "Docstrings",
     "Document",
     "PromptCompletion",
     "PromptFile",
     "RawText",
     "Segment",
     "StdlibSource",
+    "Sudoku",
     "TextDataModule",
     "TextSource",
 ]

@@ -29,7 +29,9 @@ from specstream.data.tokenizer import (
     SMALLEST_VOCABULARY,
     load_tokenizer,
     tokenizer_fingerprint,
+    train_character_tokenizer,
     train_tokenizer,
+    with_mask_token,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class TextDataModule(L.LightningDataModule):
         tokenizer: folder or hub id of a tokenizer; None trains a byte-level BPE tokenizer on the
             training split.
         vocab_size: of the trained tokenizer.
+        characters: a trained tokenizer is of characters, not BPE: vocab_size is then not used.
+        mask_token: add a mask token where the tokenizer has none, for masked diffusion.
         sequence_length: T.
         batch_size: B, rows of each process.
         pack: several documents in a row; False gives each a row of its own.
@@ -89,6 +93,8 @@ class TextDataModule(L.LightningDataModule):
         seed: int = 0,
         cache_dir: str | None = None,
         show_sample: bool = True,
+        characters: bool = False,
+        mask_token: bool = False,
     ) -> None:
         super().__init__()
         self.sources = sources
@@ -96,6 +102,8 @@ class TextDataModule(L.LightningDataModule):
         self.test_sources = test_sources
         self.tokenizer_path = tokenizer
         self.vocab_size = vocab_size
+        self.characters = characters
+        self.mask_token = mask_token
         self.layout = Layout(sequence_length, pack, prompt_tokens)
         self.batch_size = batch_size
         self.held_out = HeldOut(validation_fraction, test_fraction)
@@ -112,7 +120,8 @@ class TextDataModule(L.LightningDataModule):
         """The tokenizer, loaded or trained at the first use."""
         if self._tokenizer is None:
             path = self.tokenizer_path or str(self._trained_tokenizer())
-            self._tokenizer = load_tokenizer(path)
+            tokenizer = load_tokenizer(path)
+            self._tokenizer = with_mask_token(tokenizer) if self.mask_token else tokenizer
         return self._tokenizer
 
     def prepare_data(self) -> None:
@@ -209,6 +218,11 @@ class TextDataModule(L.LightningDataModule):
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
+        if self.characters and self.tokenizer_path is not None:
+            raise ValueError(
+                "characters is for a tokenizer that is trained and would not change "
+                f"'{self.tokenizer_path}'; leave out one of characters and tokenizer"
+            )
         fractions = (held_out.validation, held_out.test)
         if min(fractions) < 0 or math.fsum(fractions) >= 1:
             raise ValueError(
@@ -234,7 +248,8 @@ class TextDataModule(L.LightningDataModule):
 
     def _trained_tokenizer(self) -> Path:
         """Return the folder of the tokenizer trained on the training split."""
-        key = cache_key([FORMAT_VERSION, self.vocab_size, *self._source_fingerprints()])
+        kind = "characters" if self.characters else self.vocab_size
+        key = cache_key([FORMAT_VERSION, kind, *self._source_fingerprints()])
         folder = self.cache_dir / "tokenizers" / key
 
         def build(temporary: Path) -> None:
@@ -245,7 +260,11 @@ class TextDataModule(L.LightningDataModule):
                 for split, document in rule.deal(source.documents(None))
                 if split == "train"
             )
-            train_tokenizer(texts, self.vocab_size).save_pretrained(temporary)
+            if self.characters:
+                trained = train_character_tokenizer(texts)
+            else:
+                trained = train_tokenizer(texts, self.vocab_size)
+            trained.save_pretrained(temporary)
 
         build_once(folder, build)
         return folder

@@ -1,15 +1,22 @@
-"""Load a tokenizer, or train a byte-level BPE tokenizer (Sennrich et al. 2016; GPT-2's bytes)."""
+"""Load a tokenizer, or train one: byte-level BPE (Sennrich et al. 2016; GPT-2's bytes), characters.
+
+A tokenizer of characters has a mask token; `with_mask_token` gives one to any other.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+MASK = "<|mask|>"
+UNKNOWN = "<|unk|>"
 SMALLEST_VOCABULARY = 257  # every byte, and the end of text
 
 
@@ -20,7 +27,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, not {vocab_size}")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -32,17 +39,56 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(  # a prompt starts as documents do
-        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
-    )
+    return _finished(tokenizer)
+
+
+def train_character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Make every character of the texts a token; text of these characters decodes to itself.
+
+    `<|endoftext|>` (id 0) is bos, eos and padding token, `<|mask|>` (id 1) the mask token of masked
+    diffusion, `<|unk|>` (id 2) stands for characters that the texts do not have.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    vocabulary = [END_OF_TEXT, MASK, UNKNOWN, *sorted(characters)]
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return _finished(tokenizer, mask_token=MASK, unk_token=UNKNOWN)
+
+
+def with_mask_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that has a mask token.
+
+    One without gets `<|mask|>` as a new special token, its id the old `len(tokenizer)`, in a copy;
+    one with a mask token is returned as it is.
+    """
+    if tokenizer.mask_token_id is not None:
+        return tokenizer
+    masking = copy.deepcopy(tokenizer)
+    masking.add_special_tokens({"mask_token": MASK})
+    return masking
+
+
+def _finished(tokenizer: Tokenizer, **special_tokens: str) -> PreTrainedTokenizerFast:
+    """Let prompts start as documents do, with the end of text, which is id 0."""
+    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
+        **special_tokens,
     )
 
 

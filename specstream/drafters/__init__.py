@@ -1,21 +1,24 @@
 """Drafters: they propose, and never decide what is kept."""
 
-from specstream.drafters.base import Drafter
+from specstream.drafters.base import CanvasDrafter, Drafter
 from specstream.drafters.block import BlockDrafter
 from specstream.drafters.draft_model import CutDraftModel, DraftModel
 from specstream.drafters.eagle import Eagle3
 from specstream.drafters.lookup_first import LookupFirst
+from specstream.drafters.masked import MaskedDraftModel
 from specstream.drafters.medusa import Medusa
 from specstream.drafters.prompt_lookup import PromptLookup
 from specstream.drafters.streaming import SpeculativeStreaming
 
 __all__ = [
     "BlockDrafter",
+    "CanvasDrafter",
     "CutDraftModel",
     "DraftModel",
     "Drafter",
     "Eagle3",
     "LookupFirst",
+    "MaskedDraftModel",
     "Medusa",
     "PromptLookup",
     "SpeculativeStreaming",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,10 +12,30 @@ from torch import Tensor, nn
 from specstream.models.walk import Rider
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise, Sampling
-from specstream.structures import MAX_DRAFT, Context, Law, Observation, TokenDraft
+from specstream.structures import (
+    MAX_DRAFT,
+    Canvas,
+    CanvasDraft,
+    Context,
+    Law,
+    Observation,
+    TokenDraft,
+)
 
 
-class Drafter(nn.Module, ABC):
+class StoredDrafter(nn.Module, ABC):
+    """What drafters of every kind share: a target that they fit, and a folder that keeps them."""
+
+    @abstractmethod
+    def check_target(self, target: nn.Module, processor: TextProcessor) -> None:
+        """Raise ValueError in one line when this drafter cannot draft for `target`."""
+
+    @abstractmethod
+    def save(self, folder: Path, processor: TextProcessor) -> dict[str, Any]:
+        """Write the weights; return the class_path/init_args block that builds it again."""
+
+
+class Drafter(StoredDrafter):
     """Proposes the next tokens of each row; its parameters are what training trains.
 
     A drafter is stateless: what it remembers of a batch lives in the cache that the pipeline owns.
@@ -62,10 +83,21 @@ class Drafter(nn.Module, ABC):
         """Return how many cache slots a target pass over a draft of `num_tokens` writes."""
         return num_tokens + 1
 
-    @abstractmethod
-    def check_target(self, target: nn.Module, processor: TextProcessor) -> None:
-        """Raise ValueError in one line when this drafter cannot draft for `target`."""
+
+class CanvasDrafter(StoredDrafter):
+    """Guesses tokens at masked positions of canvases, anywhere; stateless like `Drafter`."""
 
     @abstractmethod
-    def save(self, folder: Path, processor: TextProcessor) -> dict[str, Any]:
-        """Write the weights; return the class_path/init_args block that builds it again."""
+    def new_cache(self, batch_size: int, capacity: int) -> Any:
+        """Return fresh state for `batch_size` canvases of at most `capacity` positions."""
+
+    @abstractmethod
+    def propose(
+        self,
+        canvas: Canvas,
+        cache: Any,
+        num_steps: Sequence[int],
+        sampling: Sampling,
+        noise: Noise,
+    ) -> CanvasDraft:
+        """Make so many denoising steps in each row, 0 none; changes `cache` and `canvas.drawn`."""

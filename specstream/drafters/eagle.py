@@ -31,7 +31,8 @@ from specstream.drafters.stored import read_tensors, write_tensors
 from specstream.models.cache import NodeTree, SlotCache, attention_mask, bucket
 from specstream.models.compilation import compile_shapes
 from specstream.models.eagle import EagleNetwork, layer_config
-from specstream.models.pretrained_lm import PretrainedLM, whole
+from specstream.models.pretrained_lm import PretrainedLM
+from specstream.models.saving import whole
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise, Sampling, penalised
 from specstream.structures import MAX_DRAFT, Context, Law, Observation, TokenDraft

@@ -16,10 +16,11 @@ from typing import Any
 from torch import nn
 
 from specstream.config_errors import not_accepted
-from specstream.drafters.base import Drafter
+from specstream.drafters.base import CanvasDrafter, Drafter, StoredDrafter
 from specstream.files import replaced_folder
 from specstream.models.fingerprint import fingerprint
 from specstream.models.pretrained_lm import PretrainedLM
+from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.processors import TextProcessor
 
 RECORD = "specstream.json"
@@ -29,7 +30,7 @@ CACHED_BYTES = 4 * 2**20  # bfloat16 weights up to this stay in a core's cache, 
 
 def save_drafter(
     folder: Path,
-    drafter: Drafter,
+    drafter: StoredDrafter,
     processor: TextProcessor,
     target_path: str,
     target_fingerprint: str | None = None,
@@ -74,40 +75,76 @@ def load_drafter(
     LM whose weights fit a core's cache computes in float32 on a CPU: products of one row by so
     small a matrix take a fourth of what their bfloat16 kernels spend on set-up.
     """
+    drafter = _load(folder, target, PretrainedLM, dtype, attn_implementation, device)
+    if not isinstance(drafter, Drafter):
+        raise ValueError(f"{str(folder)!r} holds a drafter of masked diffusion, not of causal text")
+    return drafter
+
+
+def load_canvas_drafter(
+    folder: Path,
+    target: nn.Module,
+    dtype: str = "auto",
+    attn_implementation: str = "sdpa",
+    device: str = "auto",
+) -> CanvasDrafter:
+    """Build the masked drafter of `folder` for `target`; the arguments of `load_drafter`."""
+    drafter = _load(folder, target, PretrainedMaskedLM, dtype, attn_implementation, device)
+    if not isinstance(drafter, CanvasDrafter):
+        raise ValueError(f"{str(folder)!r} holds a drafter of causal text, not of masked diffusion")
+    return drafter
+
+
+def _load(
+    folder: Path,
+    target: nn.Module,
+    network: type[PretrainedLM] | type[PretrainedMaskedLM],
+    dtype: str,
+    attn_implementation: str,
+    device: str,
+) -> StoredDrafter:
     record = read_record(folder)
     arguments = dict(record["drafter"]["init_args"])
+    build = _class(folder, str(record["drafter"]["class_path"]))
     if "model" in arguments:
-        arguments["model"] = lambda: PretrainedLM(
+        arguments["model"] = lambda: network(
             str(folder), _draft_dtype(folder, dtype, device), attn_implementation, device
         )
     attached = arguments.get("weights") == WEIGHTS_HERE
     if attached:
         arguments["weights"] = str(folder)
         _check_fingerprint(folder, record["target"], target)
-    drafter = _build(folder, str(record["drafter"]["class_path"]), target, arguments)
+    drafter = _build(folder, build, target, arguments)
     if attached and isinstance(target, PretrainedLM):
         drafter.to(target.dtype)
     return drafter.eval().requires_grad_(False)
 
 
-def _build(folder: Path, class_path: str, target: nn.Module, arguments: dict[str, Any]) -> Drafter:
-    """Build what a record names; ValueError for another class, and for options that it lacks."""
+def _class(folder: Path, class_path: str) -> type[StoredDrafter]:
+    """Return the class that a record names; ValueError where it is no drafter of ours."""
     module, _, name = class_path.rpartition(".")
     known = importlib.import_module("specstream.drafters")
     build = getattr(known, name) if module == known.__name__ and name in known.__all__ else None
     if build is None or inspect.isabstract(build):
         raise ValueError(f"{str(folder)!r} names {class_path}, not a specstream drafter")
+    assert issubclass(build, StoredDrafter)
+    return build
+
+
+def _build(
+    folder: Path, build: type[StoredDrafter], target: nn.Module, arguments: dict[str, Any]
+) -> StoredDrafter:
+    """Build a drafter; ValueError for options that its class lacks."""
+    name = build.__name__
     options = list(inspect.signature(build).parameters)[1:]  # without the target
     for option in arguments:
         if option not in options:
             reason = not_accepted(option, name, options)[1]
             raise ValueError(f"{str(folder / RECORD)!r} is damaged: {reason}")
     try:
-        drafter = build(target, **arguments)
+        return build(target, **arguments)
     except TypeError as error:  # a value of another type, or one that is missing
         raise ValueError(f"{str(folder / RECORD)!r} makes no {name}: {error}") from error
-    assert isinstance(drafter, Drafter)
-    return drafter
 
 
 def _check_fingerprint(folder: Path, named: dict[str, Any], target: nn.Module) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specstream.models.pretrained_lm import whole
+from specstream.models.saving import whole
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -23,7 +23,7 @@ from specstream.models.quantization import quantization_report
 from specstream.models.walk import walk
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise, Sampling
-from specstream.structures import Completion, Guarantee, Origin, Stats, Step
+from specstream.structures import CanvasStep, Completion, Guarantee, Origin, Stats, Step
 
 Prompt = str | Sequence[int]
 
@@ -34,7 +34,9 @@ class Pipeline(ABC):
     stats: Stats
 
     @abstractmethod
-    def generate(self, prompts: Sequence[Prompt], *, seed: int | None = None) -> Iterator[Step]:
+    def generate(
+        self, prompts: Sequence[Prompt], *, seed: int | None = None
+    ) -> Iterator[Step] | Iterator[CanvasStep]:
         """Yield what each round commits, in the order it is committed."""
 
 

@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import nn
 
+from specstream.models.saving import whole
+
 PROBED = 64  # values read of each tensor: enough to tell two trainings apart, cheap for any size
 
 
@@ -17,8 +19,6 @@ def fingerprint(model: nn.Module) -> str:
     The values are taken in bfloat16, so that a model has one name in whatever precision it is
     loaded; its int8 version has another, so name it before it is quantised.
     """
-    from specstream.models.pretrained_lm import whole
-
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not tensor.is_floating_point():

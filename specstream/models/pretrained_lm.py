@@ -10,7 +10,6 @@ Shapes: B rows, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 
 from specstream.models.cache import NodeTree, SlotCache, attention_mask
 from specstream.models.decoder import Decoder, find_decoder
+from specstream.models.fresh import fresh_model
+from specstream.models.saving import save_model
 from specstream.models.supported import layer_windows, refuse_unsupported
 from specstream.models.weights import load_model, resolve_dtype
 
@@ -60,6 +61,11 @@ class PretrainedLM(nn.Module):
 
     def _adopt(self, model: PreTrainedModel) -> None:
         refuse_unsupported(model.config)
+        if getattr(model.config, "masked_diffusion", None) is not None:
+            raise ValueError(
+                f"{self.path!r} is a masked diffusion model, not a causal one: load it as "
+                "PretrainedMaskedLM"
+            )
         self.model = model
         self.config: PretrainedConfig = model.config
         self.vocab_size: int = model.config.get_text_config().vocab_size
@@ -193,33 +199,8 @@ class PretrainedLM(nn.Module):
         (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Write an ordinary `transformers` folder that any runtime loads: bfloat16 safetensors.
-
-        Of a model sharded by FSDP2 every process must call it, because each gives its shards.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        state = {
-            name: whole(tensor).to(torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in self.model.state_dict().items()
-            if name not in tied
-        }
-        from safetensors.torch import save
-
-        config = self.config.to_dict() | {
-            "dtype": "bfloat16",
-            "architectures": [type(self.model).__name__],
-        }
-        if tokenizer is not None and config.get("eos_token_id") is None:
-            config["eos_token_id"] = tokenizer.eos_token_id
-        weights = save(
-            {name: tensor.contiguous().cpu() for name, tensor in state.items()},
-            metadata={"format": "pt"},
-        )
-        (folder / "model.safetensors").write_bytes(weights)  # save_file would lock others out
-        (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        """Write an ordinary `transformers` folder that any runtime loads: bfloat16 safetensors."""
+        save_model(self.model, folder, tokenizer)
 
 
 class UntrainedLM(PretrainedLM):
@@ -244,55 +225,22 @@ class UntrainedLM(PretrainedLM):
         seed: int = 0,
     ) -> None:
         nn.Module.__init__(self)
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        for name, value in (
-            ("vocab_size", vocab_size),
-            ("hidden_size", hidden_size),
-            ("intermediate_size", intermediate_size),
-            ("num_layers", num_layers),
-            ("num_heads", num_heads),
-            ("max_positions", max_positions),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if hidden_size % num_heads:
-            raise ValueError(
-                f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}"
-            )
-        try:
-            config = AutoConfig.for_model(
-                architecture,
-                vocab_size=vocab_size,
-                hidden_size=hidden_size,
-                intermediate_size=intermediate_size,
-                num_hidden_layers=num_layers,
-                num_attention_heads=num_heads,
-                num_key_value_heads=num_kv_heads or num_heads,
-                head_dim=hidden_size // num_heads,
-                max_position_embeddings=max_positions,
-                tie_word_embeddings=tie_embeddings,
-                bos_token_id=None,  # the tokenizer's, which is not known here; `save` adds its end
-                eos_token_id=None,
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"architecture {architecture!r} is not a transformers model type"
-            ) from error
         self.path = ""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation=attn_implementation
+        self._adopt(
+            fresh_model(
+                vocab_size,
+                hidden_size,
+                intermediate_size,
+                num_layers,
+                num_heads,
+                num_kv_heads,
+                max_positions,
+                tie_embeddings,
+                architecture,
+                attn_implementation,
+                seed,
             )
-        self._adopt(model)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor without gradient, gathered from all processes where it is sharded."""
-    from torch.distributed.tensor import DTensor
-
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+        )
 
 
 def document_mask(documents: Tensor) -> tuple[Tensor, Tensor]:

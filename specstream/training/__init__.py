@@ -13,9 +13,12 @@ from specstream.training.decoding import HeldOutDecoding
 from specstream.training.distillation import DistillationModule
 from specstream.training.draft_module import DraftModule
 from specstream.training.eagle import Eagle3Module
+from specstream.training.filling import HeldOutFilling
 from specstream.training.language_modeling import LanguageModelingModule
+from specstream.training.masked_diffusion import MaskedDiffusionModule
 from specstream.training.medusa import MedusaModule
 from specstream.training.optimization import ConstantRate, Schedule, WarmupCosine
+from specstream.training.self_speculative import SelfSpeculativeModule
 from specstream.training.streaming import StreamingModule
 from specstream.training.wandb_run import WandbRun
 
@@ -28,10 +31,13 @@ __all__ = [
     "Eagle3Module",
     "ExponentialDecay",
     "HeldOutDecoding",
+    "HeldOutFilling",
     "LanguageModelingModule",
     "LossSum",
+    "MaskedDiffusionModule",
     "MedusaModule",
     "Schedule",
+    "SelfSpeculativeModule",
     "StreamingModule",
     "SummedLossModule",
     "WandbRun",

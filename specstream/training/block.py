@@ -38,11 +38,10 @@ from specstream.sampling import Noise, Role
 from specstream.training.base import Batch, LossSum
 from specstream.training.decoding import HeldOutDecoding
 from specstream.training.draft_module import DraftModule, check_single_places
-from specstream.training.language_modeling import layout
+from specstream.training.language_modeling import layout, row_keys
 from specstream.training.optimization import Schedule
 
 VALIDATION = -1  # stands for the epoch: validation looks at the same blocks every time
-_ROW = (0x2545F491, 0x5851F42D)  # odd multipliers of the rows' hash, below 2^31
 
 
 class PositionWeights(ABC):
@@ -237,8 +236,7 @@ def sample_blocks(batch: Batch, num_anchors: int, block_size: int, noise: Noise)
     steps = torch.arange(length, device=tokens.device)
     follows = batch["loss_mask"][:, 1:] & (documents[:, 1:] == documents[:, :-1])
     follows = functional.pad(follows, (0, 1))  # (B, T) the next token is scored
-    rows = ((tokens + 1) * (steps * _ROW[0] + _ROW[1])).sum(1) % 2**31
-    coins = noise.uniform(rows, steps.expand_as(tokens), Role.DRAFT)
+    coins = noise.uniform(row_keys(tokens), steps.expand_as(tokens), Role.DRAFT)
     best = torch.where(follows, coins, -1.0).topk(min(num_anchors, length), 1)
     places = best.indices[:, :, None] + torch.arange(block_size, device=tokens.device)
     scored = follows[:, None].expand(-1, places.shape[1], -1)

@@ -7,24 +7,20 @@ samples.jsonl and, where the logger is W&B, a table.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.loggers import WandbLogger
 
 from specstream.generation import AutoregressivePipeline, FixedLength, Limits, SpeculativePipeline
 from specstream.metrics import Acceptance, AcceptedLength, Speedup
 from specstream.sampling import Sampling
 from specstream.structures import Completion, Origin
+from specstream.training.samples import write_samples
 from specstream.training.sharding import is_sharded
 
 if TYPE_CHECKING:
     from specstream.training.draft_module import DraftModule
-
-COLUMNS = ("step", "prompt", "speculative", "accepted", "plain")
 
 
 @dataclass(frozen=True)
@@ -116,15 +112,3 @@ class HeldOutDecoding:
             "accepted": round(accepted, 3),  # share of the tokens that the drafter guessed
             "plain": plain.text,
         }
-
-
-def write_samples(module: DraftModule, rows: list[dict[str, object]]) -> None:
-    """Append samples to samples.jsonl, and log them as a table to W&B loggers."""
-    folder = Path(module.trainer.default_root_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "samples.jsonl").open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    for logger in module.trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            data = [[row[name] for name in COLUMNS] for row in rows]
-            logger.log_table("val/samples", columns=list(COLUMNS), data=data)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
@@ -13,10 +14,13 @@ from torch.optim import AdamW
 
 from specstream.divergences import CrossEntropy, chunked_divergence
 from specstream.models.pretrained_lm import PretrainedLM
+from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.processors import TextProcessor
 from specstream.training.base import Batch, LossSum, SummedLossModule
 from specstream.training.optimization import Schedule
 from specstream.training.sharding import shard_layers, train_in_float32
+
+_ROW = (0x2545F491, 0x5851F42D)  # odd multipliers of the rows' hash, below 2^31
 
 
 class LanguageModelingModule(SummedLossModule):
@@ -85,7 +89,7 @@ class LanguageModelingModule(SummedLossModule):
         return folder
 
 
-def check_row_length(data: Any, models: dict[str, PretrainedLM]) -> None:
+def check_row_length(data: Any, models: Mapping[str, PretrainedLM | PretrainedMaskedLM]) -> None:
     """Raise ValueError where rows of the data have more tokens than a model has positions."""
     length = data.layout.sequence_length
     for name, model in models.items():
@@ -102,6 +106,12 @@ def scored_ahead(batch: Batch, ahead: int) -> Tensor:
     ahead = min(ahead, documents.shape[1])  # beyond the row there is nothing to score
     later = F.pad(documents[:, ahead:], (0, ahead), value=-2)
     return (later == documents) & F.pad(scored[:, ahead:], (0, ahead), value=False)
+
+
+def row_keys(tokens: Tensor) -> Tensor:
+    """Return a number (B,) below 2^31 for what each row (B, T) holds, to key its noise."""
+    steps = torch.arange(tokens.shape[1], device=tokens.device)
+    return ((tokens + 1) * (steps * _ROW[0] + _ROW[1])).sum(1) % 2**31
 
 
 def layout(batch: Batch) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,290 @@
+"""Plain sampling of masked diffusion models, and what every pipeline of theirs shares.
+
+Each step the target looks at the whole canvas, a token is drawn for every masked position, and an
+`Unmasking` says which of them are filled (LLaDA, Nie et al. 2025; Dream; Fast-dLLM, Wu et al. 2025;
+EB-sampler, Ben-Hamu et al. 2025).  A subclass writes one method, `_fill`.
+
+Shapes: B rows, C positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specstream.generation.base import Pipeline, Prompt
+from specstream.generation.batch import Limits
+from specstream.generation.canvases import (
+    CanvasPrompt,
+    complete_canvas,
+    encode_canvas,
+    make_canvas,
+    mask_blocks,
+)
+from specstream.models.compilation import compile_shapes
+from specstream.models.pretrained_masked import PretrainedMaskedLM
+from specstream.models.quantization import quantization_report
+from specstream.processors import TextProcessor
+from specstream.sampling import Noise, Role, Sampling, draw, probabilities
+from specstream.structures import Canvas, CanvasStep, Completion, Guarantee, Origin, Stats
+from specstream.unmasking import StaticSchedule, Unmasking
+
+
+@dataclass(slots=True)
+class Blocks:
+    """Which block of its canvas each row fills, and how many steps it has made there."""
+
+    numbers: Tensor  # (B, C) the block of each position
+    totals: Tensor  # (B, N) masks of each block at the start
+    current: Tensor  # (B,)
+    steps: Tensor  # (B,)
+
+    @classmethod
+    def of(cls, masked: Tensor, block_tokens: int | None) -> Blocks:
+        numbers, totals = mask_blocks(masked, block_tokens)
+        start = torch.zeros(len(masked), dtype=torch.long, device=masked.device)
+        return cls(numbers, totals, start, start.clone())
+
+    def open(self, masked: Tensor) -> Tensor:
+        """Go to the lowest block with masks; return its masked positions (B, C)."""
+        last = self.totals.shape[1]
+        lowest = torch.where(masked, self.numbers, last).amin(1)
+        current = torch.where(lowest < last, lowest, self.current)
+        self.steps = torch.where(current == self.current, self.steps, 0)
+        self.current = current
+        return masked & (self.numbers == current[:, None])
+
+    def total(self) -> Tensor:
+        """Return how many masks each row's block held, (B,)."""
+        return self.totals.gather(1, self.current[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a target fills canvases: which positions a step fills, and with what.
+
+    A static schedule's steps are those of each block.  `block_tokens` fills a continuation from
+    left to right in blocks of that many positions, None the whole canvas at once.  `guidance` w > 0
+    is classifier-free: logits (1 + w) l - w l', with l' of a canvas whose prompt is masked, for
+    twice the rows.  Raises ValueError for an option that has no meaning here.
+    """
+
+    unmasking: Unmasking = field(default_factory=lambda: StaticSchedule(32))
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.0))
+    limits: Limits = field(default_factory=Limits)
+    block_tokens: int | None = None
+    guidance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance must be 0 (off) or positive, got {self.guidance}")
+        size, room = self.block_tokens, self.limits.max_new_tokens
+        if size is not None and (size < 1 or room % size):
+            raise ValueError(f"block_tokens {size} does not divide max_new_tokens {room}")
+        if self.sampling.needs_history:
+            raise ValueError("a repetition penalty has no meaning where text is not left to right")
+        if self.limits.stop:
+            raise ValueError("stop strings have no meaning where text is not left to right")
+
+
+class MaskedPipeline(Pipeline):
+    """Fills canvases with the target alone; `stats` holds the counts of the last run.
+
+    `compile` compiles the target's passes at their first use.
+    """
+
+    guarantee = Guarantee.EXACT_LAW  # the sampler is the law
+
+    def __init__(
+        self,
+        target: PretrainedMaskedLM,
+        processor: TextProcessor,
+        sampler: Sampler | None = None,
+        batch_size: int = 1,
+        compile: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if target.block_length is not None:
+            raise ValueError("the target must be bidirectional, without a block_length")
+        self.target, self.processor = target, processor
+        self.sampler = sampler if sampler is not None else Sampler()
+        self.batch_size = batch_size
+        self.compiled = compile
+        self._pass = compile_shapes(target.forward) if compile else target.forward
+        self.stats = self._new_stats()
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> Iterator[CanvasStep]:
+        """Fill the canvases of `prompts`, `batch_size` at a time; yield what each round does.
+
+        As for text, a prompt's output depends on `seed` and its index, not on its neighbours.
+        Raises ValueError for a prompt without room in the model's context.
+        """
+        encoded = [self.encode(prompt) for prompt in prompts]
+        numbers = list(range(len(encoded))) if indices is None else list(indices)
+        self.stats = self._new_stats()
+        self.stats.prompts = len(encoded)
+        self.prepare()
+        noise = Noise(0 if seed is None else seed, self.target.device)
+        for first in range(0, len(encoded), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            yield from self._timed(encoded[part], numbers[part], noise)
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> list[Completion]:
+        """Fill the canvases of `prompts` and return the texts in their order."""
+        numbers = list(range(len(prompts))) if indices is None else list(indices)
+        tokens: dict[int, list[int]] = {}
+        origins: dict[int, dict[int, Origin]] = {number: {} for number in numbers}
+        for step in self.generate(prompts, seed=seed, indices=numbers):
+            tokens[step.prompt] = step.tokens
+            for place in step.filled:
+                drafted = place in step.drafted
+                origins[step.prompt][place] = Origin.ACCEPTED if drafted else Origin.PLAIN
+        return [
+            complete_canvas(
+                self.processor,
+                self.encode(prompt),
+                number,
+                tokens[number],
+                origins[number],
+                self.sampler.limits.ignore_eos,
+            )
+            for number, prompt in zip(numbers, prompts, strict=True)
+        ]
+
+    def encode(self, prompt: Prompt) -> CanvasPrompt:
+        """Return a prompt's canvas; ValueError for one that this pipeline cannot fill."""
+        canvas = encode_canvas(self.processor, prompt, self.target.mask_id, self.sampler.limits)
+        outside = [t for t in canvas.tokens if not 0 <= t < self.target.vocab_size]
+        if outside:
+            raise ValueError(
+                f"a prompt holds token {outside[0]}, outside the target's vocabulary of "
+                f"{self.target.vocab_size}"
+            )
+        room = self.target.max_positions
+        if room is not None and len(canvas.tokens) > room:
+            raise ValueError(
+                f"a canvas of {len(canvas.tokens)} tokens, prompt and masks, exceeds the target's "
+                f"context of {room}"
+            )
+        return canvas
+
+    def prepare(self) -> None:
+        """Do what has to be done once before the first run, off the clock."""
+
+    def _fill(self, canvas: Canvas, given: Tensor, noise: Noise) -> Iterator[tuple[Tensor, Tensor]]:
+        """Fill `canvas` in place; after each round yield what was drafted and filled, (B, C) each.
+
+        `given` (B, C) marks the prompt, which guidance leaves out.
+        """
+        blocks = Blocks.of(canvas.masked, self.sampler.block_tokens)
+        while bool(canvas.masked.any()):
+            self.stats.target_calls += 1
+            law = self._law(canvas.tokens, canvas, given)
+            filled = self._step(canvas, blocks, law, canvas.masked, noise)
+            yield torch.zeros_like(filled), filled
+
+    def _step(
+        self, canvas: Canvas, blocks: Blocks, law: Tensor, masked: Tensor, noise: Noise
+    ) -> Tensor:
+        """Make a step of the target in rows with `masked` (B, C); return what it fills (B, C)."""
+        eligible = blocks.open(masked)
+        elements = canvas.elements()
+        drawn = draw(law, noise.uniform(canvas.prompts, elements, Role.CORRECT))
+        coins = noise.uniform(canvas.prompts, elements, Role.ORDER)
+        chosen = self.sampler.unmasking.choose(
+            law, drawn, eligible, blocks.steps, blocks.total(), coins
+        )
+        moved = chosen.any(1)
+        canvas.drawn, blocks.steps = canvas.drawn + moved, blocks.steps + moved
+        canvas.tokens = torch.where(chosen, drawn, canvas.tokens)
+        canvas.masked = canvas.masked & ~chosen
+        return chosen
+
+    def _law(self, tokens: Tensor, canvas: Canvas, given: Tensor) -> Tensor:
+        """Return the target's law (N, C, V) of canvases (N, C), N = B or copies of the B rows."""
+        copies = len(tokens) // len(canvas.lengths)
+        lengths = canvas.lengths.repeat(copies)
+        logits = self._logits(tokens, lengths)
+        if self.sampler.guidance:
+            blind = tokens.masked_fill(given.repeat(copies, 1), self.target.mask_id)
+            without = self._logits(blind, lengths)
+            logits = (1 + self.sampler.guidance) * logits - self.sampler.guidance * without
+            logits = self.target.without_mask(logits)
+        return probabilities(logits, self.sampler.sampling)
+
+    def _logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        self.stats.target_rows += int(tokens.numel())
+        return self._pass(tokens, lengths)
+
+    def _new_stats(self) -> Stats:
+        return Stats("masked text", self.guarantee, quantized=self._quantized())
+
+    def _quantized(self) -> dict[str, Any]:
+        report = quantization_report(self.target)
+        return {} if report is None else {"target": report}
+
+    def _timed(
+        self, prompts: Sequence[CanvasPrompt], indices: Sequence[int], noise: Noise
+    ) -> Iterator[CanvasStep]:
+        """Fill one batch; the clock runs while we work and stands while the caller does."""
+        started = time.perf_counter()
+        canvas = make_canvas(prompts, indices, self.target.mask_id, self.target.device)
+        given = ~canvas.masked
+        rounds = self._fill(canvas, given, noise)
+        open_rows = set(range(len(prompts)))
+        while True:
+            with torch.inference_mode():
+                found = next(rounds, None)
+                steps = [] if found is None else self._steps(canvas, indices, *found, open_rows)
+            self.stats.seconds += time.perf_counter() - started
+            if found is None:
+                return
+            yield from steps
+            started = time.perf_counter()
+
+    def _steps(
+        self,
+        canvas: Canvas,
+        indices: Sequence[int],
+        drafted: Tensor,
+        filled: Tensor,
+        open_rows: set[int],
+    ) -> list[CanvasStep]:
+        """Say what a round did to each row that was not finished before it."""
+        packed = torch.stack([canvas.tokens, canvas.masked, drafted, filled]).tolist()
+        tokens, masked, guessed, kept = packed
+        steps = []
+        for row in sorted(open_rows):
+            length = int(canvas.lengths[row])
+            places = [i for i in range(length) if guessed[row][i]]
+            step = CanvasStep(
+                prompt=indices[row],
+                tokens=tokens[row][:length],
+                drafted=places,
+                filled=[i for i in range(length) if kept[row][i]],
+                remasked=[i for i in places if masked[row][i]],
+                finished=not any(masked[row]),
+            )
+            self.stats.elements += len(step.filled)
+            open_rows -= {row} if step.finished else set()
+            steps.append(step)
+        return steps
