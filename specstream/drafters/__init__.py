@@ -1,6 +1,6 @@
 """Drafters: they propose, and never decide what is kept."""
 
-from specstream.drafters.base import CanvasDrafter, Drafter
+from specstream.drafters.base import CanvasDrafter, Drafter, StoredDrafter
 from specstream.drafters.block import BlockDrafter
 from specstream.drafters.draft_model import CutDraftModel, DraftModel
 from specstream.drafters.eagle import Eagle3
@@ -22,4 +22,5 @@ __all__ = [
     "Medusa",
     "PromptLookup",
     "SpeculativeStreaming",
+    "StoredDrafter",
 ]

@@ -7,7 +7,13 @@ from pathlib import Path
 
 from torch import nn
 
-from specstream.drafters import CutDraftModel, Drafter, LookupFirst, PromptLookup
+from specstream.drafters import (
+    CutDraftModel,
+    Drafter,
+    LookupFirst,
+    PromptLookup,
+    StoredDrafter,
+)
 from specstream.drafters.loading import load_drafter, read_record
 from specstream.generation.autoregressive import AutoregressivePipeline
 from specstream.generation.base import TextPipeline
@@ -77,7 +83,7 @@ def load_run(
 
 def build_pipeline(
     target: nn.Module,
-    drafter: Callable[[nn.Module], Drafter] | None = None,
+    drafter: Callable[[nn.Module], StoredDrafter] | None = None,
     *,
     sampling: Sampling | None = None,
     limits: Limits | None = None,
@@ -142,11 +148,13 @@ def build_pipeline(
 
 
 def _build_drafter(
-    target: PretrainedLM, drafter: Callable[[nn.Module], Drafter] | None, lookup: bool
+    target: PretrainedLM, drafter: Callable[[nn.Module], StoredDrafter] | None, lookup: bool
 ) -> Drafter:
     if drafter is None:
         return PromptLookup(target)
     built = drafter(target)
+    if not isinstance(built, Drafter):
+        raise ValueError(f"{type(built).__name__} drafts canvases, and the target is a causal LM")
     if isinstance(built, CutDraftModel):  # cut for training, in float32
         built.to(target.dtype)
     return LookupFirst(target, lambda _: built) if lookup else built

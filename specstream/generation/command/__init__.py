@@ -1,15 +1,29 @@
 """What `generate.py` does: read the options, build the pipeline, decode, report.
 
-Reading order: `options` (what can be said), `one_prompt` (text as it is committed), `display` and
-`comparison` (what it shows), `many_prompts` (a file of them), `devices` (over several).  None of
+Reading order: `options` and `canvas_options` (what can be said), `one_prompt` (text as it is
+committed), `one_canvas` (of a masked model), `display` and `comparison` (what it shows),
+`many_prompts` (a file of them), `devices` (over several).  None of
 it knows how decoding works.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
+
 from specstream.generation.base import TextPipeline
-from specstream.generation.command.options import Options, parse_options
+from specstream.generation.command.canvas_options import CanvasOptions
+from specstream.generation.command.options import Options, parse_options, wrong
 from specstream.generation.loading import build_pipeline, find_device, load_run
+from specstream.generation.masked import MaskedPipeline
+from specstream.generation.masked_loading import (
+    build_masked_pipeline,
+    is_masked_run,
+    load_masked_run,
+)
+from specstream.models.pretrained_masked import PretrainedMaskedLM
+from specstream.verification import CanvasVerifier, TokenVerifier
 
 
 def run_generation(arguments: list[str]) -> int:
@@ -33,44 +47,80 @@ def _generate(options: Options) -> int:
         return generate_many(
             options, options.devices, lambda device: make_pipeline(options, device)
         )
+    pipeline = make_pipeline(options, options.device)
+    if isinstance(pipeline, MaskedPipeline):
+        from specstream.generation.command.one_canvas import fill_one
+
+        return fill_one(pipeline, options)
     from specstream.generation.command.one_prompt import generate_one
 
-    return generate_one(make_pipeline(options, options.device), options)
+    return generate_one(pipeline, options)
 
 
-def make_pipeline(options: Options, device: str) -> TextPipeline:
+def make_pipeline(options: Options, device: str) -> TextPipeline | MaskedPipeline:
     """Load and put together what the options name, on `device`."""
-    if options.run is not None:
-        return load_run(
-            options.run,
-            sampling=options.sampling,
-            limits=options.limits,
-            verifier=options.verifier,
-            lengths=options.draft_length,
-            lookup=options.lookup,
-            batch_size=options.batch_size,
-            compile=options.compile,
-            chat=options.chat,
-            dtype=run_dtype(options),
-            device=device,
-            attn_implementation=options.attn_implementation or "sdpa",
-            quantize_models=options.quantize,
-        )
-    assert options.target is not None, "parse_options asks for a run or a target"
-    return build_pipeline(
-        options.target(),
-        options.drafter,
-        sampling=options.sampling,
-        limits=options.limits,
-        verifier=options.verifier,
-        lengths=options.draft_length,
-        lookup=options.lookup,
-        batch_size=options.batch_size,
-        compile=options.compile,
-        chat=options.chat,
-        device=device,
-        quantize_models=options.quantize,
+    target = None if options.target is None else options.target()
+    if options.run is not None and is_masked_run(options.run):
+        return make_masked_pipeline(options, device, None)
+    if isinstance(target, PretrainedMaskedLM):
+        return make_masked_pipeline(options, device, target)
+    return make_text_pipeline(options, device, target)
+
+
+def make_masked_pipeline(
+    options: Options, device: str, target: PretrainedMaskedLM | None
+) -> MaskedPipeline:
+    """Put together what fills canvases; ValueError for options that are for causal text."""
+    for name in ("lookup", "chat"):
+        if getattr(options, name):
+            wrong(name, "is for causal text, and this is a masked diffusion model")
+    if isinstance(options.verifier, TokenVerifier):
+        wrong("verifier", f"{type(options.verifier).__name__} judges causal text, not canvases")
+    canvas = options.canvas
+    how: dict[str, Any] = {
+        "sampler": options.sampler,
+        "nested_steps": canvas.nested_steps,
+        "verifier": options.verifier,
+        "lengths": options.draft_length,
+        "copies": canvas.copies,
+        "max_target_calls": canvas.max_target_calls,
+        "batch_size": options.batch_size,
+        "compile": options.compile,
+        "device": device,
+        "quantize_models": options.quantize,
+    }
+    if target is not None:
+        return build_masked_pipeline(target, options.drafter, **how)
+    assert options.run is not None
+    attention = options.attn_implementation or "sdpa"
+    return load_masked_run(
+        options.run, dtype=run_dtype(options), attn_implementation=attention, **how
     )
+
+
+def make_text_pipeline(options: Options, device: str, target: nn.Module | None) -> TextPipeline:
+    """Put together what decodes causal text; ValueError for options that are for canvases."""
+    if options.canvas != CanvasOptions():
+        wrong("canvas", "is for masked diffusion models, and this is causal text")
+    if isinstance(options.verifier, CanvasVerifier):
+        wrong("verifier", f"{type(options.verifier).__name__} judges canvases, not causal text")
+    how: dict[str, Any] = {
+        "sampling": options.sampling,
+        "limits": options.limits,
+        "verifier": options.verifier,
+        "lengths": options.draft_length,
+        "lookup": options.lookup,
+        "batch_size": options.batch_size,
+        "compile": options.compile,
+        "chat": options.chat,
+        "device": device,
+        "quantize_models": options.quantize,
+    }
+    if target is not None:
+        return build_pipeline(target, options.drafter, **how)
+    assert options.run is not None, "parse_options asks for a run or a target"
+    attention = options.attn_implementation or "sdpa"
+    return load_run(options.run, dtype=run_dtype(options), attn_implementation=attention, **how)
 
 
 def run_dtype(options: Options) -> str:

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 from specstream.generation.base import TextPipeline
 from specstream.generation.command.many_prompts import Job, Progress, decode_batch
 from specstream.generation.costs import stored_costs
+from specstream.generation.dual_diffusion import DualDiffusionPipeline
+from specstream.generation.masked import MaskedPipeline
 from specstream.generation.speculative import SpeculativePipeline
 
 
@@ -36,13 +38,13 @@ class DecodingModule(L.LightningModule):
     processes.
     """
 
-    def __init__(self, pipeline: TextPipeline, job: Job, threads: int) -> None:
+    def __init__(self, pipeline: TextPipeline | MaskedPipeline, job: Job, threads: int) -> None:
         super().__init__()
         self.pipeline = pipeline
         self.job = job
         self.threads = threads
         models: list[nn.Module] = [pipeline.target]
-        if isinstance(pipeline, SpeculativePipeline):
+        if isinstance(pipeline, SpeculativePipeline | DualDiffusionPipeline):
             models.append(pipeline.drafter)
         self.models = nn.ModuleList(models)
         self.progress: Progress | None = None
@@ -79,7 +81,9 @@ class DecodingModule(L.LightningModule):
             self.progress.__exit__()
 
 
-def decode_over_devices(pipeline: TextPipeline, job: Job, devices: int, device: str) -> Outcome:
+def decode_over_devices(
+    pipeline: TextPipeline | MaskedPipeline, job: Job, devices: int, device: str
+) -> Outcome:
     """Decode all batches in `devices` processes, which run this very command line again."""
     for name in ("lightning.pytorch", "lightning.fabric"):  # they announce devices and ranks
         logging.getLogger(name).setLevel(logging.ERROR)

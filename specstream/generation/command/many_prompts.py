@@ -20,6 +20,7 @@ from specstream.generation.base import TextPipeline
 from specstream.generation.command.display import report_lines, say
 from specstream.generation.command.one_prompt import INTERRUPTED, write_stats
 from specstream.generation.command.options import Options
+from specstream.generation.masked import MaskedPipeline
 from specstream.structures import Guarantee, Stats
 
 
@@ -28,7 +29,6 @@ class Job:
     """The prompts of a file, cut into batches, and where their continuations go."""
 
     prompts: list[str]
-    tokens: list[list[int]]
     batches: list[list[int]]  # numbers of the prompts decoded together
     output: Path
     seed: int
@@ -39,7 +39,7 @@ class Job:
 
 
 def generate_many(
-    options: Options, devices: int, make_pipeline: Callable[[str], TextPipeline]
+    options: Options, devices: int, make_pipeline: Callable[[str], TextPipeline | MaskedPipeline]
 ) -> int:
     """Decode a file of prompts; returns the exit code, 130 after Ctrl-C.
 
@@ -49,9 +49,9 @@ def generate_many(
     assert options.prompts is not None and options.output is not None
     prompts = PromptFile(options.prompts, options.template, options.limit).read()
     pipeline = make_pipeline(options.device if devices == 1 else "cpu")
+    check_all(pipeline, prompts)
     job = Job(
         prompts,
-        encode_all(pipeline, prompts),
         [
             list(range(first, min(first + options.batch_size, len(prompts))))
             for first in range(0, len(prompts), options.batch_size)
@@ -70,18 +70,16 @@ def generate_many(
     return finish(job, outcome.finished, devices, options)
 
 
-def encode_all(pipeline: TextPipeline, prompts: Sequence[str]) -> list[list[int]]:
-    """Return the prompts' token ids; ValueError with the number of one that does not fit."""
-    encoded = []
+def check_all(pipeline: TextPipeline | MaskedPipeline, prompts: Sequence[str]) -> None:
+    """Raise ValueError with the number of a prompt that does not fit."""
     for number, prompt in enumerate(prompts, start=1):
         try:
-            encoded.append(pipeline.encode(prompt))
+            pipeline.encode(prompt)
         except ValueError as error:
             raise ValueError(f"prompt {number} of {len(prompts)}: {error}") from error
-    return encoded
 
 
-def decode_here(pipeline: TextPipeline, job: Job) -> bool:
+def decode_here(pipeline: TextPipeline | MaskedPipeline, job: Job) -> bool:
     """Decode all batches in this process; returns False after Ctrl-C."""
     job.part(0).unlink(missing_ok=True)
     with Progress(len(job.prompts)) as progress:
@@ -94,14 +92,21 @@ def decode_here(pipeline: TextPipeline, job: Job) -> bool:
     return True
 
 
-def decode_batch(pipeline: TextPipeline, job: Job, batch: list[int], part: Path) -> None:
+def decode_batch(
+    pipeline: TextPipeline | MaskedPipeline, job: Job, batch: list[int], part: Path
+) -> None:
     """Decode one batch and append its rows to `part`; on Ctrl-C those rows that had ended."""
     texts = dict.fromkeys(batch, "")
     counts = dict.fromkeys(batch, 0)
     ended = []
     try:
-        tokens = [job.tokens[number] for number in batch]
-        for step in pipeline.generate(tokens, seed=job.seed, indices=batch):
+        prompts = [job.prompts[number] for number in batch]
+        if isinstance(pipeline, MaskedPipeline):
+            for filled in pipeline.complete(prompts, seed=job.seed, indices=batch):
+                texts[filled.prompt], counts[filled.prompt] = filled.text, len(filled.tokens)
+                ended.append(filled.prompt)
+            return
+        for step in pipeline.generate(prompts, seed=job.seed, indices=batch):
             texts[step.prompt] += step.text
             counts[step.prompt] += len(step.tokens)
             if step.finished:

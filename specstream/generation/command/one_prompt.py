@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def generate_one(pipeline: TextPipeline, options: Options) -> int:
     for line in report_lines(stats, comparison):
         say(line)
     if options.stats is not None:
-        write_stats(Path(options.stats), stats, comparison)
+        write_stats(Path(options.stats), stats, comparison.as_dict() if comparison else None)
     return 0
 
 
@@ -60,7 +61,7 @@ def stream(pipeline: TextPipeline, options: Options, display: TextDisplay) -> Ru
     return Run(tokens, replace(pipeline.stats))
 
 
-def write_stats(path: Path, stats: Stats, comparison: Comparison | None = None) -> None:
-    """Write the one JSON object of `--stats`, whole or not at all."""
-    facts = stats.as_dict() | ({} if comparison is None else comparison.as_dict())
+def write_stats(path: Path, stats: Stats, also: Mapping[str, object] | None = None) -> None:
+    """Write the one JSON object of `--stats`, whole or not at all; `also` is added to it."""
+    facts = stats.as_dict() | dict(also or {})
     write_whole(path, json.dumps(facts, indent=2) + "\n")

@@ -13,12 +13,14 @@ from jsonargparse import Namespace
 from torch import nn
 
 from specstream.config_errors import ConfigError, OneLineErrors
-from specstream.drafters import Drafter
+from specstream.drafters import StoredDrafter
 from specstream.generation.batch import Limits
+from specstream.generation.command.canvas_options import CanvasOptions
 from specstream.generation.lengths import CostModelLength, DraftLength, FixedLength
 from specstream.generation.loading import find_device
+from specstream.generation.masked import Sampler
 from specstream.sampling import Sampling
-from specstream.verification import TokenVerifier
+from specstream.verification import CanvasVerifier, TokenVerifier
 
 DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -31,9 +33,11 @@ class Options:
         run: a run folder, checkpoints/NAME; the models are its own.
         target: instead of a run, the model whose output is wanted (class_path and init_args).
         drafter: who guesses for the target; none: plain decoding.
-        verifier: which guesses stand; TokenRejection unless said.
+        verifier: which guesses stand; TokenRejection unless said, of a masked model
+            ConfidenceThreshold.
         lengths: how many tokens are drafted in a round; CostModelLength unless said.
-        draft_tokens: short for lengths: N tokens in every round, or auto, the cost model.
+        draft_tokens: short for lengths: N tokens in every round, or auto, the cost model; of a
+            masked diffusion model, denoising steps.
         lookup: also copy from the text so far, where a long n-gram recurs.
         prompt: the text to continue.
         prompts: a file of prompts (.jsonl, .jsonl.gz, .parquet), instead of one.
@@ -46,7 +50,8 @@ class Options:
         max_new_tokens: a continuation is no longer.
         stop: a continuation ends before this string, or one of these.
         ignore_eos: go on after the end of sequence.
-        temperature: of the law that is drawn from; 0 is greedy.
+        temperature: of the law that is drawn from; 0 is greedy; 1 unless said, of a masked
+            diffusion model 0.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the most probable tokens that add up to this.
         min_p: keep tokens at least this fraction as probable as the best.
@@ -60,13 +65,14 @@ class Options:
         quantize: int8 weights for one of the models or both.
         show_drafts: colour tokens by where they came from.
         compare: also decode with the plain target, three times each, and report the speedup.
+        canvas: options of masked diffusion models, `--canvas.steps 16`.
         stats: write the statistics as one JSON object to this file.
     """
 
     run: str | None = None
     target: Callable[[], nn.Module] | None = None
-    drafter: Callable[[nn.Module], Drafter] | None = None
-    verifier: TokenVerifier | None = None
+    drafter: Callable[[nn.Module], StoredDrafter] | None = None
+    verifier: TokenVerifier | CanvasVerifier | None = None
     lengths: DraftLength | None = None
     draft_tokens: int | Literal["auto"] | None = None
     lookup: bool = False
@@ -81,7 +87,7 @@ class Options:
     max_new_tokens: int = 128
     stop: list[str] | str = field(default_factory=list)
     ignore_eos: bool = False
-    temperature: float = 1.0
+    temperature: float | None = None
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -96,13 +102,21 @@ class Options:
     show_drafts: bool = False
     compare: bool = False
     stats: str | None = None
+    canvas: CanvasOptions = field(default_factory=CanvasOptions)
 
     @property
     def sampling(self) -> Sampling:
         """The law that is drawn from."""
-        return Sampling(
-            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
-        )
+        return self._sampling(1.0)
+
+    @property
+    def sampler(self) -> Sampler:
+        """How canvases of a masked diffusion model are filled."""
+        return self.canvas.sampler(self._sampling(0.0), self.limits)
+
+    def _sampling(self, temperature: float) -> Sampling:
+        temperature = temperature if self.temperature is None else self.temperature
+        return Sampling(temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
 
     @property
     def limits(self) -> Limits:

@@ -1,0 +1,47 @@
+"""The options of `generate.py` that are for masked diffusion models: `--canvas.steps 16`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from specstream.generation.batch import Limits
+from specstream.generation.masked import Sampler
+from specstream.sampling import Sampling
+from specstream.unmasking import StaticSchedule, Unmasking
+
+
+@dataclass(frozen=True)
+class CanvasOptions:
+    """How canvases of a masked diffusion model are filled.
+
+    Args:
+        steps: denoising steps of the static schedule, in each block.
+        order: which positions that schedule fills first.
+        unmasking: instead of the schedule, a rule (class_path and init_args), such as Threshold.
+        block_tokens: fill from left to right in blocks of so many positions; none: all at once.
+        guidance: of classifier-free guidance; 0 is off.
+        nested_steps: verify so many of the schedule's steps in one pass (FreeDave); 0 is off.
+        copies: canvases that the target scores a draft on; 1 shows it the whole draft.
+        max_target_calls: after so many passes the rest is filled at once; none: never.
+    """
+
+    steps: int = 32
+    order: Literal["confidence", "random", "margin", "entropy"] = "confidence"
+    unmasking: Unmasking | None = None
+    block_tokens: int | None = None
+    guidance: float = 0.0
+    nested_steps: int = 0
+    copies: int = 2
+    max_target_calls: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.nested_steps < 0:
+            raise ValueError(f"canvas.nested_steps must not be negative, got {self.nested_steps}")
+        if self.unmasking is not None and (self.steps, self.order) != (32, "confidence"):
+            raise ValueError("canvas.unmasking replaces the schedule of canvas.steps and order")
+
+    def sampler(self, sampling: Sampling, limits: Limits) -> Sampler:
+        """Return how the target fills canvases."""
+        rule = self.unmasking or StaticSchedule(self.steps, self.order)
+        return Sampler(rule, sampling, limits, self.block_tokens, self.guidance)
