@@ -8,6 +8,7 @@ from specstream.generation.free_dave import FreeDavePipeline
 from specstream.generation.lengths import CostModelLength, DraftLength, FixedLength, StepCosts
 from specstream.generation.masked import MaskedPipeline, Sampler
 from specstream.generation.self_speculative import SelfSpeculativeSampler
+from specstream.generation.self_speculative_pipeline import SelfSpeculativePipeline
 from specstream.generation.speculative import SpeculativePipeline
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "MaskedPipeline",
     "Pipeline",
     "Sampler",
+    "SelfSpeculativePipeline",
     "SelfSpeculativeSampler",
     "SpeculativePipeline",
     "StepCosts",

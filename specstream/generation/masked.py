@@ -96,6 +96,9 @@ class Sampler:
 class MaskedPipeline(Pipeline):
     """Fills canvases with the target alone; `stats` holds the counts of the last run.
 
+    `full_passes` counts passes of the whole target over one canvas: copies and drafted canvases of
+    one call count each.
+
     `compile` compiles the target's passes at their first use.
     """
 
@@ -118,7 +121,7 @@ class MaskedPipeline(Pipeline):
         self.batch_size = batch_size
         self.compiled = compile
         self._pass = compile_shapes(target.forward) if compile else target.forward
-        self.stats = self._new_stats()
+        self.stats, self.full_passes = self._new_stats(), 0.0
 
     def generate(
         self,
@@ -134,7 +137,7 @@ class MaskedPipeline(Pipeline):
         """
         encoded = [self.encode(prompt) for prompt in prompts]
         numbers = list(range(len(encoded))) if indices is None else list(indices)
-        self.stats = self._new_stats()
+        self.stats, self.full_passes = self._new_stats(), 0.0
         self.stats.prompts = len(encoded)
         self.prepare()
         noise = Noise(0 if seed is None else seed, self.target.device)
@@ -233,6 +236,7 @@ class MaskedPipeline(Pipeline):
 
     def _logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         self.stats.target_rows += int(tokens.numel())
+        self.full_passes += len(tokens)
         return self._pass(tokens, lengths)
 
     def _new_stats(self) -> Stats:

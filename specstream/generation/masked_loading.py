@@ -10,11 +10,13 @@ from torch import nn
 
 from specstream.drafters import CanvasDrafter
 from specstream.drafters.loading import RECORD, load_canvas_drafter, read_record
+from specstream.drafters.self_speculative import holds_head, load_head
 from specstream.generation.dual_diffusion import DualDiffusionPipeline
 from specstream.generation.free_dave import FreeDavePipeline
 from specstream.generation.lengths import DraftLength, FixedLength
 from specstream.generation.loading import QUANTIZED, find_device
 from specstream.generation.masked import MaskedPipeline, Sampler
+from specstream.generation.self_speculative_pipeline import SelfSpeculativePipeline
 from specstream.models.pretrained_masked import FORM, PretrainedMaskedLM
 from specstream.models.quantization import quantize
 from specstream.processors import TextProcessor
@@ -24,6 +26,8 @@ from specstream.verification import CanvasVerifier
 def is_masked_run(run: str | Path) -> bool:
     """Whether a run folder holds a masked diffusion model, or a drafter of one."""
     folder = Path(run)
+    if holds_head(folder / "draft"):
+        return True
     if (folder / "draft" / RECORD).is_file():
         named = str(read_record(folder / "draft")["drafter"]["class_path"]).rpartition(".")[2]
         import specstream.drafters as known
@@ -48,6 +52,7 @@ def load_masked_run(
     lengths: DraftLength | None = None,
     copies: int = 2,
     max_target_calls: int | None = None,
+    windows: int = 4,
     batch_size: int = 1,
     compile: bool = False,
     dtype: str = "auto",
@@ -55,15 +60,29 @@ def load_masked_run(
     attn_implementation: str = "sdpa",
     quantize_models: str = "none",
 ) -> MaskedPipeline:
-    """Load a run folder: its drafter with its target, or a trained model alone."""
+    """Load a run folder: its drafter or head with its target, or a trained model alone.
+
+    `windows` is how many trunk passes fill a canvas by self-speculation; everything else is
+    explained in `build_masked_pipeline`.
+    """
     folder = Path(run)
     draft = folder / "draft"
     alone = not draft.is_dir()
     path = str(folder / "model") if alone else str(read_record(draft)["target"]["path"])
     if alone and not (folder / "model").is_dir():
         path = str(folder)
+    target = PretrainedMaskedLM(path, dtype, attn_implementation, device)
+    if not alone and holds_head(draft):
+        if nested_steps or verifier is not None or lengths is not None or quantize_models != "none":
+            raise ValueError(f"{str(draft)!r} holds a self-speculative head, which verifies itself")
+        head = load_head(draft, target).to(find_device(device))
+        target = target.eval().requires_grad_(False).to(find_device(device))
+        processor = TextProcessor.from_pretrained(path)
+        return SelfSpeculativePipeline(
+            target, head, processor, windows, sampler=sampler, batch_size=batch_size
+        )
     return build_masked_pipeline(
-        PretrainedMaskedLM(path, dtype, attn_implementation, device),
+        target,
         None
         if alone
         else lambda target: load_canvas_drafter(draft, target, dtype, attn_implementation, device),

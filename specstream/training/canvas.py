@@ -27,7 +27,7 @@ GOLDEN = 0.6180339887498949  # multiples of it are spread evenly over (0, 1)
 class HiddenRows:
     """Rows as the model sees them, and what it is asked about."""
 
-    tokens: Tensor  # (B, T) with the mask token where `masked`, and wrong tokens where `wrong`
+    tokens: Tensor  # (B, T) with the mask token where `masked`, and perhaps some wrong ones
     masked: Tensor  # (B, T) bool: scored tokens that are hidden
     asked: Tensor  # (B, T) bool: positions in the loss, the masked ones among them
     weights: Tensor  # (B, T) of each position in the loss
@@ -36,8 +36,9 @@ class HiddenRows:
 def padded(batch: Batch, eos_id: int) -> Batch:
     """Return a batch whose padding is ends of text that are scored, as part of the row's document.
 
-    So a canvas that is longer than its text can be filled (LLaDA's fine-tuning).  Raises ValueError
-    for rows of several documents, which have no canvas of their own.
+    So a canvas that is longer than its text can be filled (LLaDA's fine-tuning).  Rows without a
+    scored token stay so: they only fill up a batch.  Raises ValueError for rows of several
+    documents, which have no canvas of their own.
     """
     documents = batch["documents"]
     if int(documents.max()) > 0:
@@ -47,28 +48,26 @@ def padded(batch: Batch, eos_id: int) -> Batch:
     return {
         **batch,
         "input_ids": batch["input_ids"].masked_fill(padding, eos_id),
-        "loss_mask": batch["loss_mask"] | padding,
+        "loss_mask": batch["loss_mask"] | (padding & batch["loss_mask"].any(1, keepdim=True)),
         "positions": steps.expand_as(documents),
         "documents": torch.zeros_like(documents),
     }
 
 
 def spread_times(num_rows: int, rank: int, world_size: int, start: Tensor) -> Tensor:
-    """Return times (B,) in (0, 1] of this process's rows, evenly spread over the global batch.
+    """Return times (B,) in [0, 1) of this process's rows, evenly spread over the global batch.
 
     MDLM's antithetic sampler: (start + i / n) mod 1 for row i of n, with `start` () uniform.
     """
     rows = rank + world_size * torch.arange(num_rows, device=start.device)
-    times = (start + rows / (num_rows * world_size)) % 1.0
-    return SMALLEST_TIME + (1 - SMALLEST_TIME) * times
+    return (start + rows / (num_rows * world_size)) % 1.0
 
 
-def block_times(times: Tensor, positions: Tensor, block_length: int | None) -> Tensor:
-    """Return the time (B, T) of each position: its row's, or one of its block's own."""
-    if block_length is None:
-        return times[:, None].expand(positions.shape)
-    blocks = positions // block_length
-    return (times[:, None] + GOLDEN * blocks) % 1.0 * (1 - SMALLEST_TIME) + SMALLEST_TIME
+def position_times(times: Tensor, positions: Tensor, block_length: int | None) -> Tensor:
+    """Return the time (B, T) of each position, above 0: its row's (B,), or its block's own."""
+    blocks = torch.zeros_like(positions) if block_length is None else positions // block_length
+    spread = (times[:, None] + GOLDEN * blocks) % 1.0
+    return SMALLEST_TIME + (1 - SMALLEST_TIME) * spread
 
 
 def hide(batch: Batch, times: Tensor, mask_id: int, noise: Noise) -> HiddenRows:
@@ -94,17 +93,19 @@ def hide_in_turn(batch: Batch, times: Tensor, mask_id: int, noise: Noise) -> Hid
 
 
 def corrupt(
-    hidden: HiddenRows, batch: Batch, share: float, vocab_size: int, noise: Noise
+    hidden: HiddenRows, batch: Batch, share: float, vocab_size: int, mask_id: int, noise: Noise
 ) -> HiddenRows:
     """Replace a `share` of the visible scored tokens by random ones, and ask for all visible ones.
 
-    A model that was asked for visible tokens can score a draft that it sees, in one pass.
+    A model that was asked for visible tokens can score a draft that it sees, in one pass.  The mask
+    token, which no draft holds, is not among the random ones.
     """
     copies = len(hidden.tokens) // len(batch["input_ids"])
     tokens = batch["input_ids"].repeat(copies, 1)
     visible = batch["loss_mask"].repeat(copies, 1) & ~hidden.masked
     wrong = visible & (_coins(hidden.tokens, noise, Role.CORRECT) < share)
-    drawn = (_coins(hidden.tokens, noise, Role.DRAFT) * vocab_size).long().clamp(max=vocab_size - 1)
+    drawn = (_coins(hidden.tokens, noise, Role.DRAFT) * (vocab_size - 1)).long()
+    drawn = drawn + (drawn >= mask_id)
     weights = torch.where(visible, 1.0, hidden.weights)
     shown = torch.where(wrong, drawn, torch.where(hidden.masked, hidden.tokens, tokens))
     return HiddenRows(shown, hidden.masked, hidden.asked | visible, weights)

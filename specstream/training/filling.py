@@ -14,10 +14,13 @@ import torch
 from torchmetrics import MeanMetric
 
 from specstream.data.planning import COUNTDOWN_PROMPT, SUDOKU_PROMPT, solved
+from specstream.generation.batch import Limits
 from specstream.generation.dual_diffusion import DualDiffusionPipeline
 from specstream.generation.masked import MaskedPipeline, Sampler
+from specstream.sampling import Sampling
 from specstream.structures import Completion
 from specstream.training.samples import write_samples
+from specstream.unmasking import StaticSchedule, Unmasking
 
 if TYPE_CHECKING:
     from specstream.training.masked_diffusion import MaskedDiffusionModule
@@ -25,19 +28,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOutFilling:
-    """What validation fills: the continuations of so many held-out prompts.
+    """What validation fills: so many masks behind each of so many held-out prompts.
 
-    `sampler` is the target's, or of a model without a target its own; its limit of new tokens says
-    how many masks follow a prompt.  The prompts and their noise are the same every time.
+    `unmasking`, `sampling` and `block_tokens` are the target's, or of a model without a target its
+    own.  The prompts and their noise are the same every time.
     """
 
     num_prompts: int = 16
-    sampler: Sampler = field(default_factory=Sampler)
+    max_new_tokens: int = 128
+    unmasking: Unmasking = field(default_factory=lambda: StaticSchedule(32))
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.0))
+    block_tokens: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.num_prompts < 1:
             raise ValueError(f"num_prompts must be at least 1, got {self.num_prompts}")
+        self.sampler()  # what it refuses is refused here
+
+    def sampler(self) -> Sampler:
+        """Return how the canvases are filled."""
+        limits = Limits(self.max_new_tokens)
+        return Sampler(self.unmasking, self.sampling, limits, self.block_tokens)
 
     def check(self, module: MaskedDiffusionModule) -> None:
         """Raise ValueError for what the models or the data do not allow."""
@@ -53,12 +65,12 @@ class HeldOutFilling:
         bidirectional = module.target if module.target is not None else module.model
         assert bidirectional is not None
         processor, rows = module.processor, self.num_prompts
-        plain = MaskedPipeline(bidirectional, processor, self.sampler, rows)
+        plain = MaskedPipeline(bidirectional, processor, self.sampler(), rows)
         if module.target is None:
             return [plain]
         drafter = module.drafter()
         pair = DualDiffusionPipeline(
-            module.target, drafter, processor, sampler=self.sampler, batch_size=rows
+            module.target, drafter, processor, sampler=self.sampler(), batch_size=rows
         )
         return [plain, pair]
 
@@ -92,19 +104,21 @@ class HeldOutFilling:
         found: list[list[Completion]],
         texts: list[str],
     ) -> None:
-        values = {"solved": MeanMetric()}
+        names = ["solved"] if len(pipelines) == 1 else ["solved", "acceptance", "call_ratio"]
+        means = {name: MeanMetric().to(module.device) for name in names}
         for completion in found[-1]:
-            if is_puzzle(texts[completion.prompt]):
-                values["solved"].update(float(solved(texts[completion.prompt], completion.text)))
+            prompt = texts[completion.prompt]
+            if is_puzzle(prompt):
+                means["solved"].update(float(solved(prompt, completion.text)))
         if len(pipelines) == 2:
             plain, pair = (pipeline.stats for pipeline in pipelines)
-            values |= {"acceptance": MeanMetric(), "call_ratio": MeanMetric()}
-            if pair.acceptance is not None:
-                values["acceptance"].update(pair.acceptance, weight=sum(pair.tested))
-            values["call_ratio"].update(plain.target_calls / max(pair.target_calls, 1))
-        for name, mean in values.items():
-            value = mean.to(module.device).compute()  # waits for every process
-            if bool(mean.weight > 0):
+            means["acceptance"].update(pair.acceptance or 0.0, weight=sum(pair.tested))
+            calls = pair.target_calls  # as weights they make a ratio of all processes' sums
+            means["call_ratio"].update(plain.target_calls / max(calls, 1), weight=calls)
+        for name, mean in means.items():
+            mean.update(0.0, weight=0.0)  # it may have seen nothing here
+            value = mean.compute()  # waits for every process, and is the same in all of them
+            if not bool(value.isnan()):
                 module.log(f"val/{name}", value, sync_dist=True)
 
     def _row(

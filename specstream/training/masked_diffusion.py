@@ -33,12 +33,12 @@ from specstream.sampling import Noise, Role
 from specstream.training.base import Batch, LossSum, SummedLossModule
 from specstream.training.canvas import (
     HiddenRows,
-    block_times,
     corrupt,
     hide,
     hide_in_turn,
     one_block,
     padded,
+    position_times,
     spread_times,
 )
 from specstream.training.draft_module import check_apart, check_single_places
@@ -177,11 +177,12 @@ class MaskedDiffusionModule(SummedLossModule):
         start = noise.uniform(number, number, Role.ORDER)[0].float()
         world, rank = (self.trainer.world_size, self.trainer.global_rank)
         row_times = spread_times(len(batch["input_ids"]), rank, world, start)
-        times = block_times(row_times, batch["positions"], self.model.block_length)
+        times = position_times(row_times, batch["positions"], self.model.block_length)
         build = hide_in_turn if self.complementary else hide
         rows = build(batch, times, self.model.mask_id, noise)
         if self.corruption:
-            rows = corrupt(rows, batch, self.corruption, self.model.vocab_size, noise)
+            sizes = (self.model.vocab_size, self.model.mask_id)
+            rows = corrupt(rows, batch, self.corruption, *sizes, noise)
         return rows
 
     def _beside_target(self, rows: HiddenRows, batch: Batch) -> tuple[HiddenRows, Tensor]:

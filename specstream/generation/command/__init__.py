@@ -94,7 +94,11 @@ def make_masked_pipeline(
     assert options.run is not None
     attention = options.attn_implementation or "sdpa"
     return load_masked_run(
-        options.run, dtype=run_dtype(options), attn_implementation=attention, **how
+        options.run,
+        windows=canvas.windows,
+        dtype=run_dtype(options),
+        attn_implementation=attention,
+        **how,
     )
 
 

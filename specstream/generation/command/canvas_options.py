@@ -23,6 +23,7 @@ class CanvasOptions:
         guidance: of classifier-free guidance; 0 is off.
         nested_steps: verify so many of the schedule's steps in one pass (FreeDave); 0 is off.
         copies: canvases that the target scores a draft on; 1 shows it the whole draft.
+        windows: passes of the trunk that fill a canvas by self-speculation.
         max_target_calls: after so many passes the rest is filled at once; none: never.
     """
 
@@ -33,6 +34,7 @@ class CanvasOptions:
     guidance: float = 0.0
     nested_steps: int = 0
     copies: int = 2
+    windows: int = 4
     max_target_calls: int | None = None
 
     def __post_init__(self) -> None:
