@@ -34,21 +34,28 @@ SECONDS = 2.0  # after which no further turn is begun
 
 def stored_costs(pipeline: SpeculativePipeline, folder: Path | None = None) -> StepCosts:
     """Return the pair's table from the user's cache folder, measured now if it is not there."""
+    size = pipeline.lengths.max_tokens + 1
+    return stored(_key(pipeline), size, lambda: measure_costs(pipeline), folder)
+
+
+def stored(
+    key: str, size: int, measure: Callable[[], StepCosts], folder: Path | None = None
+) -> StepCosts:
+    """Return the table of `key`, which has `size` entries, from the cache folder, or measure it."""
     if folder is None:
         from platformdirs import user_cache_path
 
         folder = user_cache_path("specstream") / "costs"
-    path = folder / f"{_key(pipeline)}.json"
+    path = folder / f"{key}.json"
     try:
-        stored = json.loads(path.read_text())
-        costs = StepCosts(stored["plain"], tuple(stored["verify"]), tuple(stored["draft"]))
-        size = pipeline.lengths.max_tokens + 1
+        found = json.loads(path.read_text())
+        costs = StepCosts(found["plain"], tuple(found["verify"]), tuple(found["draft"]))
         seconds = [costs.round_seconds(k) for k in range(size)]
         if len(costs.verify) == len(costs.draft) == size and 0 < min(seconds) < math.inf:
             return costs
     except (OSError, ValueError, LookupError, TypeError):
         pass  # absent or damaged: measured again and replaced
-    costs = measure_costs(pipeline)
+    costs = measure()
     _write(path, costs)
     return costs
 
@@ -123,9 +130,9 @@ def _synchronize() -> None:
 
 def _key(pipeline: SpeculativePipeline) -> str:
     """Identify what the times depend on: both models, how they run, and the machine."""
-    device, target, drafter = pipeline.target.device, pipeline.target, pipeline.drafter
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    parts = (
+    target, drafter = pipeline.target, pipeline.drafter
+    return key_of(
+        target.device,
         target.path,
         *(sum(p.numel() for p in model.parameters()) for model in (target, drafter)),
         str(drafter),
@@ -138,9 +145,14 @@ def _key(pipeline: SpeculativePipeline) -> str:
         pipeline.batch_size,
         pipeline.compiled,
         pipeline.lengths.choices,
-        (torch.__version__, machine, os.cpu_count(), torch.get_num_threads()),
     )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def key_of(device: torch.device, *parts: object) -> str:
+    """Return a name for `parts` and the machine that they run on."""
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    machine_parts = (torch.__version__, machine, os.cpu_count(), torch.get_num_threads())
+    return hashlib.sha256(repr((*parts, machine_parts)).encode()).hexdigest()[:24]
 
 
 def _write(path: Path, costs: StepCosts) -> None:

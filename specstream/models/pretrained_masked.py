@@ -262,11 +262,11 @@ class MaskedFromCausal(PretrainedMaskedLM):
         self._adopt(model, MaskedForm(None, block_length, shifted))
 
     def grow(self, vocab_size: int) -> None:
-        """Make room for `vocab_size` tokens at least; the new rows are near the mean of the old."""
+        """Make room for `vocab_size` tokens at least; the new rows are drawn as fresh ones are."""
         if self.vocab_size < vocab_size:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                self.model.resize_token_embeddings(vocab_size, mean_resizing=True)
+                self.model.resize_token_embeddings(vocab_size, mean_resizing=False)
             self.vocab_size = vocab_size
 
 

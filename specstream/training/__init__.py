@@ -9,6 +9,7 @@ provenance; command is the body of train.py.
 from specstream.training.averaging import WeightAveraging
 from specstream.training.base import LossSum, SummedLossModule
 from specstream.training.block import AcceptedLengthWeights, BlockModule, ExponentialDecay
+from specstream.training.certainty import Certainty
 from specstream.training.decoding import HeldOutDecoding
 from specstream.training.distillation import DistillationModule
 from specstream.training.draft_module import DraftModule
@@ -25,6 +26,7 @@ from specstream.training.wandb_run import WandbRun
 __all__ = [
     "AcceptedLengthWeights",
     "BlockModule",
+    "Certainty",
     "ConstantRate",
     "DistillationModule",
     "DraftModule",

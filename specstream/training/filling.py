@@ -53,8 +53,8 @@ class HeldOutFilling:
 
     def check(self, module: MaskedDiffusionModule) -> None:
         """Raise ValueError for what the models or the data do not allow."""
-        pipeline = self.pipelines(module)[0]
         try:
+            pipeline = self.pipelines(module)[0]
             for prompt in module.trainer.datamodule.prompts(self.num_prompts):  # type: ignore[attr-defined]
                 pipeline.encode(prompt)
         except ValueError as error:
@@ -81,14 +81,8 @@ class HeldOutFilling:
         indices = list(range(len(prompts)))[rank::world]
         mine = [prompts[i] for i in indices]
         pipelines = self.pipelines(module)
-        networks = [network for network in (module.model, module.target) if network is not None]
-        training = [network.training for network in networks]
         with torch.autocast(module.device.type, enabled=False):
-            for network in networks:
-                network.eval()
             found = [p.complete(mine, seed=self.seed, indices=indices) for p in pipelines]
-            for network, mode in zip(networks, training, strict=True):
-                network.train(mode)
         texts = [module.processor.decode(prompt) for prompt in prompts]
         self._log(module, pipelines, found, texts)
         if module.trainer.is_global_zero:

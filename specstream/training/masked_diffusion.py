@@ -20,7 +20,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW
 
-from specstream.divergences import CrossEntropy, Divergence, ForwardKL, chunked_divergence
+from specstream.divergences import CrossEntropy, Divergence, ForwardKL, Head, chunked_divergence
 from specstream.drafters.loading import save_drafter
 from specstream.drafters.masked import MaskedDraftModel
 from specstream.models.pretrained_masked import (
@@ -47,6 +47,7 @@ from specstream.training.language_modeling import check_row_length
 from specstream.training.optimization import Schedule
 from specstream.training.sharding import train_in_float32
 
+LOWEST = -1e30  # of a logit: none at any temperature, and finite over the lowest one
 VALIDATION = -1  # stands for the epoch: validation hides the same tokens every time
 
 
@@ -96,6 +97,8 @@ class MaskedDiffusionModule(SummedLossModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
+        if self.device_mesh is not None:
+            raise ValueError("masked diffusion models are not sharded; use strategy ddp")
         model = self.build_model()
         if self.build_target is not None:
             target = self.build_target()
@@ -122,6 +125,7 @@ class MaskedDiffusionModule(SummedLossModule):
         model, target = self.model, self.target
         if target is not None:
             check_apart(target.path, Path(self.trainer.default_root_dir))
+            self.drafter().check_target(target, self.processor)
         models = {"model": model} | ({} if target is None else {"target": target})
         check_row_length(data, models)
         length, block = data.layout.sequence_length, model.block_length
@@ -157,9 +161,9 @@ class MaskedDiffusionModule(SummedLossModule):
         measures = chunked_divergence(
             self.divergence,
             states(self.model, rows.tokens, batch)[rows.asked],
-            self.model.head,
+            finite_head(self.model),
             teacher,
-            None if self.target is None else self.target.head,
+            None if self.target is None else finite_head(self.target),
             batch["input_ids"].repeat(copies, 1)[rows.asked],
             self.chunk_tokens,
         )
@@ -246,6 +250,19 @@ def full_states(model: PretrainedMaskedLM, tokens: Tensor, batch: Batch) -> Tens
     copies = len(tokens) // len(batch["input_ids"])
     positions, documents = (batch[n].repeat(copies, 1) for n in ("positions", "documents"))
     return model.hidden(tokens, model.mask(documents, positions), positions)
+
+
+def finite_head(model: PretrainedMaskedLM) -> Head:
+    """Return a model's head with logits that stay finite when a temperature divides them.
+
+    The mask token's are the lowest number there is; at infinity, 0 log 0 would be no number.
+    """
+
+    def finite(hidden: Tensor) -> Tensor:
+        logits = model.head(hidden)
+        return logits.clamp(min=max(LOWEST, torch.finfo(logits.dtype).min))
+
+    return finite
 
 
 def check_masked(network: object, name: str) -> None:
