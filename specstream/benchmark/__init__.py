@@ -5,13 +5,31 @@
 Reading order: `prompts` (what is decoded), `pair` (the models), `methods` (who decodes), `runners`
 (one warm decoder each), `timing` (alternating runs), `speed` (the table of speeds), `speed_rows`
 (what is derived), `distillation` (the table of divergences), `questions`,
-`drafter_study` and `drafter_rows` (the table of drafters, with task metrics), `rows` (the results
-file), `tables`, `plots` and `readme` (what is made of it), `command` (the command line).  `sweep`
-trains what `distillation` compares.
+`drafter_study` and `drafter_rows` (the table of drafters, with task metrics), `masked_prompts`,
+`masked_methods`, `masked_study`, `masked_rows` and `pareto` (the table of fillings: masked
+diffusion, quality against calls), `rows` (the results file), `tables`, `plots`, `masked_plots` and
+`readme` (what is made of it), `command` (the command line).  `sweep` trains what `distillation`
+compares.
 """
 
 from specstream.benchmark.distillation import DistillationStudy
 from specstream.benchmark.drafter_study import DrafterStudy, JudgedTask
+from specstream.benchmark.masked_methods import (
+    DraftAndVerify,
+    DrafterAlone,
+    MaskedMethod,
+    NestedSteps,
+    PlainSampling,
+    SelfSpeculative,
+)
+from specstream.benchmark.masked_prompts import (
+    CanvasPrompts,
+    HeldOutCanvases,
+    NoPrompt,
+    PublishedPuzzles,
+    ReferencedPrompts,
+)
+from specstream.benchmark.masked_study import MaskedStudy, MaskedTask
 from specstream.benchmark.methods import (
     Drafted,
     Method,
@@ -26,16 +44,29 @@ from specstream.benchmark.speed import SpeedStudy
 from specstream.benchmark.study import Study
 
 __all__ = [
+    "CanvasPrompts",
     "DistillationStudy",
+    "DraftAndVerify",
     "Drafted",
+    "DrafterAlone",
     "DrafterStudy",
     "FilePrompts",
+    "HeldOutCanvases",
     "HeldOutPrompts",
     "JudgedTask",
+    "MaskedMethod",
+    "MaskedStudy",
+    "MaskedTask",
     "Method",
+    "NestedSteps",
+    "NoPrompt",
     "Plain",
+    "PlainSampling",
     "PromptSource",
+    "PublishedPuzzles",
     "QuestionFile",
+    "ReferencedPrompts",
+    "SelfSpeculative",
     "Speculative",
     "SpeedStudy",
     "Study",

@@ -1,4 +1,7 @@
-"""Plots beside a results file: speedups with their bounds, acceptance by position, divergences."""
+"""Plots beside a results file: speedups with their bounds, acceptance by position, divergences.
+
+Those of masked diffusion, quality against cost, are in `masked_plots`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from specstream.benchmark.masked_plots import draw_pareto
 from specstream.benchmark.tables import JsonRow, Table, make_tables, method
 
 
@@ -14,7 +18,9 @@ def write_plots(results: Path, rows: Sequence[JsonRow]) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg", force=False)
-    tables = make_tables(rows)
+    every = make_tables(rows)
+    tables = [table for table in every if table.rows[0]["study"] != "masked"]
+    fillings = [table for table in every if table.rows[0]["study"] == "masked"]
     first = {
         "speed": ("speedup", draw_speedups),
         "drafters": ("speedup", draw_call_reductions),
@@ -28,6 +34,9 @@ def write_plots(results: Path, rows: Sequence[JsonRow]) -> list[Path]:
         if panels:
             written.append(results.with_name(f"{results.stem}-{kind}.png"))
             _write_panels(written[-1], panels)
+    if fillings:
+        written.append(results.with_name(f"{results.stem}-pareto.png"))
+        _write_figure(written[-1], draw_pareto(fillings))
     return written
 
 
@@ -47,6 +56,12 @@ def _write_panels(path: Path, panels: Sequence[tuple[Table, Any]]) -> None:
         draw(axis, table)
         axis.set_title(table.title, fontsize=9, loc="left")
         axis.tick_params(labelsize=8)
+    _write_figure(path, figure)
+
+
+def _write_figure(path: Path, figure: Any) -> None:
+    from matplotlib import pyplot
+
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
     pyplot.close(figure)

@@ -210,8 +210,83 @@ class DrafterRow:
     machine: Machine
 
 
-Row = SpeedRow | DistillationRow | DrafterRow
-STUDIES = frozenset({"speed", "distillation", "drafters"})
+@dataclass(frozen=True, slots=True)
+class SampleQuality:
+    """How good the filled text is: the task's metric, the judge's surprise, variety."""
+
+    quality: dict[str, float]
+    judge_nll: float | None
+    judge_bits_per_character: float | None
+    entropy: float
+    distinct_2: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class FillingCosts:
+    """What filling one canvas takes.
+
+    `target_calls` are passes one after the other, of a batch where there are several rows;
+    `full_passes` count every canvas that a pass reads.  A pass of a self-speculative head's causal
+    layer is the share of a full pass that its operations are, and of that method `target_calls` are
+    its full passes.  The 95 % interval of `seconds` is a bootstrap interval over prompts.
+    """
+
+    target_calls: float
+    full_passes: float
+    draft_calls: float
+    seconds: float
+    seconds_interval: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class PlainComparison:
+    """Against plain sampling: the reference, with all its steps, and the fewest steps as good.
+
+    Intervals as for `FillingCosts`.  `above_plain` says whether a method lies above the curve of
+    quality that plain sampling reaches at as many calls, `above_plain_seconds` in as much time;
+    None for plain sampling, and for what is worse and cheaper than all of it.
+    """
+
+    reference: str
+    call_ratio: float | None  # None: no calls at all
+    speedup: float
+    speedup_interval: tuple[float, float]
+    best_plain: bool  # whether this is the plain row with the fewest steps that is as good
+    best_plain_method: str
+    call_ratio_vs_best: float | None
+    speedup_vs_best: float
+    speedup_vs_best_interval: tuple[float, float]
+    above_plain: bool | None
+    above_plain_seconds: bool | None
+    identical_share: float | None  # of the prompts, with the reference, at temperature 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskedRow:
+    """One way of filling canvases on one task under one law: quality and costs of a prompt."""
+
+    study: str = "masked"
+    task: str
+    target: str
+    method: str
+    kind: str
+    guarantee: str
+    sampling: str
+    batch_size: int
+    num_prompts: int
+    prompt_tokens: float
+    max_new_tokens: int
+    repeats: int
+    samples: SampleQuality
+    costs: FillingCosts
+    comparison: PlainComparison
+    acceptance: float | None
+    mean_drafted: float | None
+    machine: Machine
+
+
+Row = SpeedRow | DistillationRow | DrafterRow | MaskedRow
+STUDIES = frozenset({"speed", "distillation", "drafters", "masked"})
 
 
 def describe_machine(device: str, dtype: str, arguments: Sequence[str]) -> Machine:

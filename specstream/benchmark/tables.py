@@ -97,6 +97,41 @@ def qualities(rows: Sequence[JsonRow]) -> list[Column]:
     return [Column(name.replace("_", " "), cell(name)) for name in rows[0]["quality"]]
 
 
+def judged(key: str, form: str) -> Callable[[JsonRow], str]:
+    """Return a cell for what says something of free text only, beside a judge."""
+    return lambda row: "" if row["judge_nll"] is None else number(key, form)(row)
+
+
+def filler(row: JsonRow) -> str:
+    """Name a way to fill canvases, and the plain one that the others have to beat."""
+    return f"{row['method']} (best plain)" if row["best_plain"] else str(row["method"])
+
+
+def milliseconds(row: JsonRow) -> str:
+    """Return the time of a prompt."""
+    return f"{1000 * row['seconds']:.1f}"
+
+
+def versus(key: str) -> Callable[[JsonRow], str]:
+    """Return a speedup over a plain sampler with its interval."""
+
+    def cell(row: JsonRow) -> str:
+        low, high = row[f"{key}_interval"]
+        return f"{row[key]:.2f}x [{low:.2f}, {high:.2f}]"
+
+    return cell
+
+
+def above_plain(row: JsonRow) -> str:
+    """Say at which equal cost a method is better than plain sampling."""
+    if row["kind"] == "plain":
+        return ""
+    known = {"calls": row["above_plain"], "time": row["above_plain_seconds"]}
+    above = [name for name, is_above in known.items() if is_above]
+    unknown = [f"{name}?" for name, is_above in known.items() if is_above is None]
+    return ", ".join([*above, *unknown]) or "no"
+
+
 SPEED = [
     Column("method", method),
     Column("tau", number("tau", ".2f")),
@@ -146,6 +181,27 @@ DRAFTERS_AFTER = [
 ]
 
 
+MASKED = [Column("method", filler)]  # then the task metric
+MASKED_AFTER = [
+    Column("judge NLL", number("judge_nll", ".3f")),
+    Column("bits a character", number("judge_bits_per_character", ".3f")),
+    Column("entropy", judged("entropy", ".2f")),
+    Column("distinct 2-grams", judged("distinct_2", ".2f")),
+    Column("calls", number("target_calls", ".2f")),
+    Column("full passes", number("full_passes", ".2f")),
+    Column("ms", milliseconds),
+    Column("fewer calls", times("call_ratio")),
+    Column("than best plain", times("call_ratio_vs_best")),
+    Column("speedup", versus("speedup")),
+    Column("over best plain", versus("speedup_vs_best")),
+    Column("above plain", above_plain),
+    Column("acceptance", number("acceptance", ".2f")),
+    Column("drafted", number("mean_drafted", ".1f")),
+    Column("same text", number("identical_share", ".0%")),
+    Column("guarantee", lambda row: "" if row["kind"] == "plain" else str(row["guarantee"])),
+]
+
+
 def make_tables(rows: Sequence[JsonRow]) -> list[Table]:
     """Group rows into tables, in the order they were measured; empty columns are left out."""
     return [
@@ -166,6 +222,10 @@ def _groups(rows: Sequence[JsonRow]) -> Iterator[tuple[str, list[Column], list[J
         elif study == "drafters":
             columns = [*DRAFTERS, *qualities(group), *DRAFTERS_AFTER]
             yield f"{task} ({sampling}; {tokens} at most)", columns, group
+        elif study == "masked":
+            masks = f"{group[0]['num_prompts']} prompts, {group[0]['max_new_tokens']} masks"
+            columns = [*MASKED, *qualities(group), *MASKED_AFTER]
+            yield f"{task} ({sampling}; {masks}; costs of a prompt)", columns, group
         else:
             drafted = group[0]["drafted"] or "as many as each can"
             steps = f"{group[0]['steps']} steps each, {drafted} drafted"

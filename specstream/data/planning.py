@@ -80,6 +80,8 @@ class Puzzle:
 class PuzzleSource(TextSource):
     """Puzzles that are drawn until there are enough different ones.
 
+    A document's key is `problem_key` of its prompt.
+
     Args:
         num_puzzles: how many.
         seed: of the draws; the puzzles are a pure function of it.

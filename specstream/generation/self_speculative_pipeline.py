@@ -82,3 +82,4 @@ class SelfSpeculativePipeline(MaskedPipeline):
             if asked:
                 stats.full_rounds += 1
                 stats.full_committed += held + (held < asked)
+                stats.draft_lengths += asked
