@@ -286,22 +286,6 @@ def test_prompts_are_what_training_held_out(models: Path, tmp_path: Path) -> Non
     assert not {tuple(question.tokens) for question in found} & learned
     assert all(COUNTDOWN_PROMPT.fullmatch(question.text) for question in found)
     assert prompts.read(4, target, processor) == found
-    published = PublishedPuzzles(str(models / "puzzles.jsonl"))
-    assert [q.text for q in published.read(2, target, processor)] == [
-        "countdown 4 2 3 = 9\n", "countdown 5 2 3 = 10\n",
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match="holds 3 different puzzles that training has not seen"):
-        published.read(4, target, processor)
-    seen = Countdown(num_puzzles=3, seed=1)
-    texts = [document.segments[0].text for document in seen.documents(None)]
-    numbers = [[int(word) for word in text.split() if word.isdigit()] for text in texts]
-    records = [{"numbers": n[:3], "target": n[3]} for n in numbers] + [
-        {"numbers": [99, 98, 97], "target": 98}
-    ]
-    file = tmp_path / "seen.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    (left,) = PublishedPuzzles(str(file), [seen]).read(1, target, processor)
-    assert left.text == "countdown 99 98 97 = 98\n"
     assert [q.tokens for q in NoPrompt().read(2, target, processor)] == [[0], [0]]
 
 

@@ -9,6 +9,7 @@ from specstream.drafters.masked import MaskedDraftModel
 from specstream.drafters.medusa import Medusa
 from specstream.drafters.prompt_lookup import PromptLookup
 from specstream.drafters.streaming import SpeculativeStreaming
+from specstream.drafters.translated import TranslatedDrafter
 
 __all__ = [
     "BlockDrafter",
@@ -23,4 +24,5 @@ __all__ = [
     "PromptLookup",
     "SpeculativeStreaming",
     "StoredDrafter",
+    "TranslatedDrafter",
 ]

@@ -40,6 +40,7 @@ class MaskedDraftModel(CanvasDrafter):
 
     `unmasking` says which positions a step fills: `Threshold` all that it is sure of.  A block
     model keeps finished blocks in a cache; a bidirectional one reads the whole canvas each step.
+    A canvas beyond the model's context gets no draft.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class MaskedDraftModel(CanvasDrafter):
         read = torch.full((batch_size, slots), -1, device=self.model.device)
         return BlockCache(self.model.new_cache(batch_size, slots), read)
 
+    @torch.inference_mode()
     def propose(
         self,
         canvas: Canvas,
@@ -76,17 +78,20 @@ class MaskedDraftModel(CanvasDrafter):
         steps = torch.full_like(tokens, -1)
         probs = torch.zeros(*tokens.shape, self.model.vocab_size, device=tokens.device)
         budget = torch.tensor(list(num_steps), device=tokens.device)
+        room = self.model.max_positions
+        if room is not None:
+            budget = budget.where(canvas.lengths <= room, 0)
         for step in range(max(num_steps)):
             active = (budget > step) & masked.any(1)
             if not bool(active.any()):
                 break
             logits, eligible = self._look(tokens, masked & active[:, None], canvas.lengths, cache)
-            law = probabilities(logits, sampling)
-            drawn = draw(law, noise.uniform(canvas.prompts, canvas.elements(), Role.DRAFT))
+            coins = noise.uniform(canvas.prompts, canvas.elements(), Role.DRAFT)
+            drawn = draw(probabilities(logits, sampling), coins)
+            law = probabilities(logits, Sampling())  # its own: how sure it is, at any temperature
             none = torch.zeros_like(canvas.drawn)
-            coins = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
             chosen = self.unmasking.choose(law, drawn, eligible, none, none, coins)
-            canvas.drawn += active
+            canvas.drawn = canvas.drawn + active
             tokens = torch.where(chosen, drawn, tokens)
             steps = torch.where(chosen, step, steps)
             probs = torch.where(chosen[:, :, None], law.to(probs.dtype), probs)
@@ -123,16 +128,19 @@ def look_at_block(
 ) -> tuple[Tensor, Tensor]:
     """Read each row up to the end of its lowest block with masks; return what it says there.
 
-    Logits (B, C, V), zero outside of those blocks, and the masked positions (B, C) inside.  Blocks
-    before it that have changed since they were read, or were never read, go along in the same pass.
+    Logits (B, C, V), zero where nothing was read, and the masked positions (B, C) of those blocks.
+    Blocks before it that have changed since they were read, or were never read, go along in the
+    same pass.  A block that is read counts as unread while it, or one before it, may still change:
+    no later block is trusted before it has been read again.  Rows without masks read no more than
+    the others need.
     """
     assert model.block_length is not None
     size, width = model.block_length, tokens.shape[1]
     places = torch.arange(width, device=tokens.device)
     first = torch.where(masked, places, width).amin(1)  # (B,) C where nothing is masked
-    block = torch.where(first < width, first, lengths - 1) // size
     changed = (cache.read[:, :width] != tokens) & (places < lengths[:, None])
-    stale = torch.where(changed, places, width).amin(1) // size
+    stale = torch.where(changed, places, lengths[:, None] - 1).amin(1) // size
+    block = torch.where(first < width, first // size, stale)  # (B,) the last block to read
     start = torch.minimum(stale, block)  # (B,) the first block to read
     num_blocks = int((block - start).max()) + 1
     span = num_blocks * size

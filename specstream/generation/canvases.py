@@ -35,14 +35,13 @@ def encode_canvas(
 ) -> CanvasPrompt:
     """Return the canvas of a prompt; in a text `[MASK]` is a masked token and `[MASK:n]` are n.
 
-    Raises ValueError for a prompt that is empty.
+    Raises ValueError for a prompt that is empty, or that says `[MASK:0]` and holds no mask.
     """
-    if not isinstance(prompt, str):
-        tokens = list(prompt)
-    elif MASKS.search(prompt):
-        return CanvasPrompt(_infilled(processor, prompt, mask_id), None)
-    else:
-        tokens = processor.encode(prompt)
+    tokens = processor.encode(prompt)  # ValueError for what is no text
+    if isinstance(prompt, str) and MASKS.search(prompt):
+        tokens = _infilled(processor, prompt, mask_id)
+        if mask_id not in tokens:
+            raise ValueError(f"a prompt asks for no masked token at all: {prompt[:40]!r}")
     if not tokens:
         raise ValueError("a prompt is empty, and the tokenizer starts a text with no token")
     if mask_id in tokens:
@@ -92,9 +91,11 @@ def complete_canvas(
     ignore_eos: bool = False,
 ) -> Completion:
     """Return what was filled, as text: a continuation up to the end of text, or all of a canvas."""
-    first = 0 if prompt.continued is None else prompt.continued
-    ends = [i for i in range(max(first, 1), len(tokens)) if tokens[i] in processor.eos_ids]
-    end = ends[0] if ends and not ignore_eos else len(tokens)
+    first, end = 0, len(tokens)
+    if prompt.continued is not None:
+        first = prompt.continued
+        ends = [i for i in range(first, end) if tokens[i] in processor.eos_ids]
+        end = ends[0] if ends and not ignore_eos else end
     filled = sorted(place for place in origins if place <= end)
     return Completion(
         number,

@@ -9,15 +9,24 @@ Shapes: B rows, C positions, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specstream.drafters.base import CanvasDrafter
-from specstream.generation.lengths import DraftLength, FixedLength, StepCosts
-from specstream.generation.masked import Blocks, MaskedPipeline, Sampler
+from specstream.generation.lengths import DraftLength, FixedLength, RowLength, StepCosts
+from specstream.generation.masked import (
+    Blocks,
+    MaskedPipeline,
+    Sampler,
+    check_costs,
+    own_law,
+)
+from specstream.generation.masked_costs import drafted_costs
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.models.quantization import quantization_report
 from specstream.processors import TextProcessor
@@ -63,102 +72,130 @@ class DualDiffusionPipeline(MaskedPipeline):
         self.copies = copies
         self.max_target_calls = max_target_calls
         self.costs = costs
+        check_costs(self.lengths, costs)
         drafter.check_target(target, processor)
         super().__init__(target, processor, sampler, batch_size, compile)
+
+    def prepare(self, width: int) -> None:
+        if self.lengths.needs_costs and self.costs is None:
+            self.costs = drafted_costs(
+                self.target, self.drafter, self.lengths, self.copies, self.batch_size, width
+            )
 
     def _fill(self, canvas: Canvas, given: Tensor, noise: Noise) -> Iterator[tuple[Tensor, Tensor]]:
         blocks = Blocks.of(canvas.masked, self.sampler.block_tokens)
         rows = [self.lengths.for_row(self.costs) for _ in canvas.lengths]
         cache = self.drafter.new_cache(*canvas.tokens.shape)
-        handed_over = torch.zeros(len(rows), dtype=torch.bool, device=canvas.tokens.device)
-        calls = 0
+        calls = torch.zeros_like(canvas.lengths)  # (B,) target passes that each row has needed
+        handed_over = torch.zeros_like(calls, dtype=torch.bool)
         while bool(canvas.masked.any()):
-            plain = (handed_over | ~canvas.masked.any(1)).tolist()
-            wanted = [0 if plain[i] else row.choose() for i, row in enumerate(rows)]
-            if max(wanted):
-                self.stats.draft_calls += 1
-            draft = self.drafter.propose(canvas, cache, wanted, self.sampler.sampling, noise)
-            calls += self.verifier.needs_target or not max(wanted)
-            last = self.max_target_calls is not None and calls >= self.max_target_calls
             before = canvas.masked
-            kept = self._judge(canvas, blocks, draft, given, noise, last)
+            alive = before.any(1)  # (B,)
+            drafting = (alive & ~handed_over).tolist()
+            wanted = [row.choose() if may else 0 for row, may in zip(rows, drafting, strict=True)]
+            draft = self._draft(canvas, blocks, cache, wanted, noise)
+            asks = alive & (~draft.drafted.any(1) | self.verifier.needs_target)
+            logits = self._score(canvas, draft, given) if bool(asks.any()) else None
+            kept = self._judge(canvas, draft, logits)
+            calls = calls + asks
+            last = asks & (calls >= (self.max_target_calls or math.inf))
+            if logits is not None:
+                self._go_on(canvas, blocks, draft, kept, logits, asks, last, noise)
             filled = before & ~canvas.masked
-            handed_over = before.any(1) & ~filled.any(1)
-            self._record(rows, draft, kept)
+            handed_over = alive & ~filled.any(1)
+            self._record(rows, draft, kept, filled, alive)
             yield draft.drafted, filled
+            fallen = canvas.masked & last[:, None]
+            if logits is not None and bool(fallen.any()):
+                self._finish(canvas, fallen, logits, noise)
+                yield torch.zeros_like(fallen), fallen
 
-    def _judge(
+    def _draft(
+        self, canvas: Canvas, blocks: Blocks, cache: Any, wanted: list[int], noise: Noise
+    ) -> CanvasDraft:
+        """Let the drafter guess in each row's current block."""
+        self.stats.draft_calls += max(wanted) > 0
+        shown = replace(canvas, masked=blocks.open(canvas.masked))
+        draft = self.drafter.propose(shown, cache, wanted, self.sampler.sampling, noise)
+        canvas.drawn = shown.drawn
+        return draft
+
+    def _judge(self, canvas: Canvas, draft: CanvasDraft, logits: Tensor | None) -> Tensor:
+        """Put into `canvas` what stands of the draft; return where (B, C)."""
+        verdict = self.verifier(draft, None if logits is None else own_law(logits))
+        canvas.tokens = torch.where(verdict.kept, verdict.tokens, canvas.tokens)
+        canvas.masked = canvas.masked & ~verdict.kept
+        return verdict.kept
+
+    def _go_on(
         self,
         canvas: Canvas,
         blocks: Blocks,
         draft: CanvasDraft,
-        given: Tensor,
+        kept: Tensor,
+        logits: Tensor,
+        asks: Tensor,
+        last: Tensor,
         noise: Noise,
-        last: bool,
-    ) -> Tensor:
-        """Let the target score the draft; fill `canvas` with what stands, returned as (B, C)."""
-        guessed = draft.drafted.any(1)  # (B,)
-        if not self.verifier.needs_target and bool((guessed | ~canvas.masked.any(1)).all()):
-            verdict = self.verifier(draft, draft.probs)
-            law = None
-        else:
-            law = self._score(canvas, draft, given)
-            verdict = self.verifier(draft, law)
-        stands = verdict.kept
-        canvas.tokens = torch.where(stands, verdict.tokens, canvas.tokens)
-        canvas.masked = canvas.masked & ~stands
-        if law is None:
-            return stands
-        if last:
-            best = law.argmax(-1)
-            canvas.tokens = torch.where(canvas.masked, best, canvas.tokens)
-            canvas.masked = torch.zeros_like(canvas.masked)
-            return stands
-        whole = (stands == draft.drafted).all(1) & (torch.tensor(self.copies == 1) | ~guessed)
-        own = canvas.masked & whole[:, None]
+    ) -> None:
+        """Let the target fill on in those of the rows `asks` (B,) in which no draft has fallen.
+
+        It finishes a row for which this pass is the `last` (B,).  In another it makes a step of
+        its own, if `logits` (B, C, V) speak of the canvas as it is: all of the draft was shown.
+        """
+        whole = asks & (kept == draft.drafted).all(1)
+        self._finish(canvas, canvas.masked & (whole & last)[:, None], logits, noise)
+        own = whole & ~last
+        if self.copies > 1:
+            own = own & ~draft.drafted.any(1)
         if bool(own.any()):
-            self._step(canvas, blocks, law, own, noise)
-        return stands
+            self._step(canvas, blocks, logits, canvas.masked & own[:, None], noise)
+
+    def _finish(self, canvas: Canvas, rest: Tensor, logits: Tensor, noise: Noise) -> None:
+        """Fill the positions `rest` (B, C) all at once."""
+        if bool(rest.any()):
+            canvas.tokens = torch.where(rest, self._draw(canvas, logits, noise), canvas.tokens)
+            canvas.masked = canvas.masked & ~rest
 
     def _score(self, canvas: Canvas, draft: CanvasDraft, given: Tensor) -> Tensor:
-        """Return the target's law (B, C, V) at each position of the draft, from one pass."""
-        self.stats.target_calls += 1
+        """Return the target's logits (B, C, V) at each position of the draft, from one pass."""
         if self.copies == 1 or not bool(draft.drafted.any()):
-            return self._law(draft.tokens, canvas, given)
+            return self._look(draft.tokens, canvas, given)
         rank = draft.drafted.cumsum(1) - 1  # (B, C)
         turns = torch.arange(self.copies, device=rank.device)[:, None, None]
         hidden = draft.drafted & (rank % self.copies == turns)  # (N, B, C)
         shown = torch.where(hidden, self.target.mask_id, draft.tokens)
-        law = self._law(shown.flatten(0, 1), canvas, given).unflatten(0, hidden.shape[:2])
+        said = self._look(shown.flatten(0, 1), canvas, given).unflatten(0, hidden.shape[:2])
         turn = torch.where(draft.drafted, rank % self.copies, 0)
-        return law.take_along_dim(turn[None, :, :, None], 0)[0]
+        return said.take_along_dim(turn[None, :, :, None], 0)[0]
 
-    def _record(self, rows: list[Any], draft: CanvasDraft, kept: Tensor) -> None:
+    def _record(
+        self, rows: list[RowLength], draft: CanvasDraft, kept: Tensor, filled: Tensor, alive: Tensor
+    ) -> None:
         """Tell each row which of its steps stood whole, one after the other, and count them."""
-        number = int(draft.steps.max()) + 1
-        if number == 0:
-            return
         stats = self.stats
+        number = int(draft.steps.max()) + 1
         steps = torch.arange(number, device=kept.device)[:, None, None]
         mine = draft.steps == steps  # (K, B, C)
-        drafted = mine.sum(2).T.tolist()  # (B, K)
-        stood = (mine & kept).sum(2).T.tolist()
-        missing = number - len(stats.tested)
-        stats.tested += [0] * missing
-        stats.accepted += [0] * missing
-        for row, (asked, held) in enumerate(zip(drafted, stood, strict=True)):
-            made = sum(n > 0 for n in asked)
-            if not made:
+        drafted, stood = mine.sum(2).T.tolist(), (mine & kept).sum(2).T.tolist()  # (B, K)
+        stats.tested += [0] * (number - len(stats.tested))
+        stats.accepted += [0] * (number - len(stats.accepted))
+        counts = zip(rows, drafted, stood, filled.sum(1).tolist(), alive.tolist(), strict=True)
+        for row, asked, held, committed, decoded in counts:
+            if not decoded:
                 continue
+            made = sum(n > 0 for n in asked)
             whole = 0
             while whole < made and held[whole] == asked[whole]:
                 whole += 1
-            rows[row].record(min(whole + 1, made), whole)
+            if made:
+                row.record(min(whole + 1, made), whole)
             for step in range(made):
                 stats.tested[step] += asked[step]
                 stats.accepted[step] += held[step]
             stats.full_rounds += 1
-            stats.full_committed += sum(held)
+            stats.full_committed += committed
+            stats.plain_rounds += not made
             stats.draft_lengths += sum(asked)
 
     def _quantized(self) -> dict[str, Any]:

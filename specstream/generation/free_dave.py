@@ -10,6 +10,7 @@ Shapes: B rows, K drafted steps, C positions, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from specstream.generation.lengths import DraftLength, FixedLength, RowLength, StepCosts
-from specstream.generation.masked import Blocks, MaskedPipeline, Sampler
+from specstream.generation.masked import Blocks, MaskedPipeline, Sampler, check_costs
+from specstream.generation.masked_costs import nested_costs
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise
@@ -61,55 +63,62 @@ class FreeDavePipeline(MaskedPipeline):
             raise ValueError("nested steps need a StaticSchedule whose order is not random")
         self.lengths = lengths if lengths is not None else FixedLength(4)
         self.costs = costs
+        check_costs(self.lengths, costs)
         self._none = Noise(0, target.device)  # decides nothing at temperature 0
+
+    def prepare(self, width: int) -> None:
+        if self.lengths.needs_costs and self.costs is None:
+            self.costs = nested_costs(self.target, self.lengths, self.batch_size, width)
 
     def _fill(self, canvas: Canvas, given: Tensor, noise: Noise) -> Iterator[tuple[Tensor, Tensor]]:
         blocks = Blocks.of(canvas.masked, self.sampler.block_tokens)
         rows = [self.lengths.for_row(self.costs) for _ in canvas.lengths]
-        self.stats.target_calls += 1
-        law = self._law(canvas.tokens, canvas, given)
+        logits = self._look(canvas.tokens, canvas, given)
         while bool(canvas.masked.any()):
             before = canvas.masked
             alive = before.any(1).tolist()
             wanted = max(row.choose() for row, open_ in zip(rows, alive, strict=True) if open_)
-            drafts = self._drafts(canvas, blocks, law, max(wanted, 1))
+            drafts = self._drafts(canvas, blocks, logits, wanted + 1)
+            self.stats.draft_calls += len(drafts) > 1
             taken = torch.zeros_like(canvas.lengths)  # (B,) drafts beyond the first that stand
-            if bool(drafts[0].canvas.masked.any()):  # else the last step is made: no need to look
-                self.stats.target_calls += 1
-                self.stats.draft_calls += 1
-                tokens = torch.cat([draft.canvas.tokens for draft in drafts])
-                laws = self._law(tokens, canvas, given).unflatten(0, (len(drafts), -1))
-                taken = self._agreed(drafts, laws)
-                law = laws.take_along_dim(taken[None, :, None, None], 0)[0]
+            looked = [draft for draft in drafts if bool(draft.canvas.masked.any())]
+            if looked:  # else the last step is made: no need to look
+                tokens = torch.cat([draft.canvas.tokens for draft in looked])
+                said = self._look(tokens, canvas, given).unflatten(0, (len(looked), -1))
+                taken = self._agreed(drafts, said)
+                here = taken.clamp(max=len(looked) - 1)  # beyond it a row has no masks
+                logits = said.take_along_dim(here[None, :, None, None], 0)[0]
             self._take(canvas, blocks, drafts, taken)
-            for row, open_, held in zip(rows, alive, taken.tolist(), strict=True):
-                if open_:
-                    self._record(row, len(drafts), held)
             filled = before & ~canvas.masked
+            self._record(rows, before, drafts, taken, filled)
             yield torch.zeros_like(filled), filled
 
-    def _drafts(self, canvas: Canvas, blocks: Blocks, law: Tensor, number: int) -> list[Drafted]:
-        """Return the canvases after 1..number steps if the law (B, C, V) stayed as it is."""
-        drafts = []
-        state = Drafted(replace(canvas), replace(blocks))
-        for _ in range(number):
-            state = self._after(state, law)
-            drafts.append(state)
+    def _drafts(self, canvas: Canvas, blocks: Blocks, logits: Tensor, number: int) -> list[Drafted]:
+        """Return the canvases after 1..number steps if the logits (B, C, V) stayed as they are.
+
+        They are fewer where no mask is left before.
+        """
+        drafts = [self._after(Drafted(canvas, blocks), logits)]
+        while len(drafts) < number and bool(drafts[-1].canvas.masked.any()):
+            drafts.append(self._after(drafts[-1], logits))
         return drafts
 
-    def _after(self, state: Drafted, law: Tensor) -> Drafted:
-        """Return the state after one step of the sampler under `law`; the old one stays."""
+    def _after(self, state: Drafted, logits: Tensor) -> Drafted:
+        """Return the state after one step of the sampler under `logits`; the old one stays."""
         canvas, blocks = replace(state.canvas), replace(state.blocks)
-        self._step(canvas, blocks, law, canvas.masked, self._none)
+        self._step(canvas, blocks, logits, canvas.masked, self._none)
         return Drafted(canvas, blocks)
 
-    def _agreed(self, drafts: list[Drafted], laws: Tensor) -> Tensor:
-        """Return how many drafts after the first are what the target does next, (B,)."""
-        stands = torch.ones_like(drafts[0].canvas.lengths)
-        taken = torch.zeros_like(stands)
-        for i in range(len(drafts) - 1):
-            own = self._after(drafts[i], laws[i]).canvas.tokens
-            stands = stands * (own == drafts[i + 1].canvas.tokens).all(1)
+    def _agreed(self, drafts: list[Drafted], said: Tensor) -> Tensor:
+        """Return how many drafts after the first are what the target does next, (B,).
+
+        said (K, B, C, V): the logits of the drafts, of all but the last at least.
+        """
+        stands = torch.ones_like(drafts[0].canvas.lengths, dtype=torch.bool)
+        taken = torch.zeros_like(drafts[0].canvas.lengths)
+        for (draft, following), logits in zip(itertools.pairwise(drafts), said, strict=False):
+            own = self._after(draft, logits).canvas.tokens
+            stands = stands & (own == following.canvas.tokens).all(1) & draft.canvas.masked.any(1)
             taken = taken + stands
         return taken
 
@@ -127,16 +136,36 @@ class FreeDavePipeline(MaskedPipeline):
         blocks.current = pick([draft.blocks.current for draft in drafts])
         blocks.steps = pick([draft.blocks.steps for draft in drafts])
 
-    def _record(self, row: RowLength, drafted: int, taken: int) -> None:
+    def _record(
+        self,
+        rows: list[RowLength],
+        before: Tensor,
+        drafts: list[Drafted],
+        taken: Tensor,
+        filled: Tensor,
+    ) -> None:
+        """Tell each row how many of its drafted steps stood, and count them.
+
+        The first step of a round is the target's own: no draft.  A row that it finishes has none.
+        """
         stats = self.stats
-        tested = min(taken + 1, drafted - 1)  # the first step is the target's own
-        row.record(tested, taken)
-        missing = drafted - 1 - len(stats.tested)
-        stats.tested += [0] * missing
-        stats.accepted += [0] * missing
-        for i in range(tested):
-            stats.tested[i] += 1
-            stats.accepted[i] += i < taken
-        stats.full_rounds += 1
-        stats.full_committed += taken + 1
-        stats.draft_lengths += drafted - 1
+        left = torch.stack([draft.canvas.masked.sum(1) for draft in drafts])  # (K, B)
+        drafted = (left[:-1] > 0).sum(0)  # (B,) steps
+        guessed = left[0] - left[-1]  # (B,) positions
+        columns = (before.any(1), drafted, taken, guessed, filled.sum(1))
+        stats.tested += [0] * (len(drafts) - 1 - len(stats.tested))
+        stats.accepted += [0] * (len(drafts) - 1 - len(stats.accepted))
+        for row, counts in zip(rows, torch.stack(columns, 1).tolist(), strict=True):
+            alive, made, stood, positions, committed = counts
+            if not alive:
+                continue
+            tested = min(stood + 1, made)
+            if tested:
+                row.record(tested, stood)
+            for i in range(tested):
+                stats.tested[i] += 1
+                stats.accepted[i] += i < stood
+            stats.full_rounds += 1
+            stats.full_committed += committed
+            stats.plain_rounds += not made
+            stats.draft_lengths += positions

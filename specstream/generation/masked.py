@@ -4,6 +4,10 @@ Each step the target looks at the whole canvas, a token is drawn for every maske
 `Unmasking` says which of them are filled (LLaDA, Nie et al. 2025; Dream; Fast-dLLM, Wu et al. 2025;
 EB-sampler, Ben-Hamu et al. 2025).  A subclass writes one method, `_fill`.
 
+`sampling` shapes the law that tokens are drawn from and nothing else.  How sure the target is, of
+which the rules of unmasking and of acceptance speak, is read from its own law, as LLaDA and
+Fast-dLLM do it: the law of temperature 0 is sure of everything.
+
 Shapes: B rows, C positions, V vocabulary.
 """
 
@@ -27,6 +31,7 @@ from specstream.generation.canvases import (
     make_canvas,
     mask_blocks,
 )
+from specstream.generation.lengths import DraftLength, StepCosts
 from specstream.models.compilation import compile_shapes
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.models.quantization import quantization_report
@@ -93,6 +98,15 @@ class Sampler:
             raise ValueError("stop strings have no meaning where text is not left to right")
 
 
+def check_costs(lengths: DraftLength, costs: StepCosts | None) -> None:
+    """Raise ValueError where `lengths` reads a given table of costs that is too short."""
+    if not lengths.needs_costs or costs is None:
+        return
+    size = min(len(costs.verify), len(costs.draft))
+    if size <= lengths.max_tokens:
+        raise ValueError(f"`costs` end at {size - 1} drafts, `lengths` at {lengths.max_tokens}")
+
+
 class MaskedPipeline(Pipeline):
     """Fills canvases with the target alone; `stats` holds the counts of the last run.
 
@@ -114,6 +128,8 @@ class MaskedPipeline(Pipeline):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if target.form.mask_id is None:
+            raise ValueError("the target has no mask token: it was not trained yet")
         if target.block_length is not None:
             raise ValueError("the target must be bidirectional, without a block_length")
         self.target, self.processor = target, processor
@@ -137,9 +153,11 @@ class MaskedPipeline(Pipeline):
         """
         encoded = [self.encode(prompt) for prompt in prompts]
         numbers = list(range(len(encoded))) if indices is None else list(indices)
+        if len(set(numbers)) != len(encoded):
+            raise ValueError(f"{len(encoded)} prompts need as many different indices: {numbers}")
         self.stats, self.full_passes = self._new_stats(), 0.0
         self.stats.prompts = len(encoded)
-        self.prepare()
+        self.prepare(max((len(canvas.tokens) for canvas in encoded), default=0))
         noise = Noise(0 if seed is None else seed, self.target.device)
         for first in range(0, len(encoded), self.batch_size):
             part = slice(first, first + self.batch_size)
@@ -190,8 +208,8 @@ class MaskedPipeline(Pipeline):
             )
         return canvas
 
-    def prepare(self) -> None:
-        """Do what has to be done once before the first run, off the clock."""
+    def prepare(self, width: int) -> None:
+        """Do what has to be done once before canvases of `width` are filled, off the clock."""
 
     def _fill(self, canvas: Canvas, given: Tensor, noise: Noise) -> Iterator[tuple[Tensor, Tensor]]:
         """Fill `canvas` in place; after each round yield what was drafted and filled, (B, C) each.
@@ -200,21 +218,19 @@ class MaskedPipeline(Pipeline):
         """
         blocks = Blocks.of(canvas.masked, self.sampler.block_tokens)
         while bool(canvas.masked.any()):
-            self.stats.target_calls += 1
-            law = self._law(canvas.tokens, canvas, given)
-            filled = self._step(canvas, blocks, law, canvas.masked, noise)
+            logits = self._look(canvas.tokens, canvas, given)
+            filled = self._step(canvas, blocks, logits, canvas.masked, noise)
             yield torch.zeros_like(filled), filled
 
     def _step(
-        self, canvas: Canvas, blocks: Blocks, law: Tensor, masked: Tensor, noise: Noise
+        self, canvas: Canvas, blocks: Blocks, logits: Tensor, masked: Tensor, noise: Noise
     ) -> Tensor:
         """Make a step of the target in rows with `masked` (B, C); return what it fills (B, C)."""
         eligible = blocks.open(masked)
-        elements = canvas.elements()
-        drawn = draw(law, noise.uniform(canvas.prompts, elements, Role.CORRECT))
-        coins = noise.uniform(canvas.prompts, elements, Role.ORDER)
+        drawn = self._draw(canvas, logits, noise)
+        coins = noise.uniform(canvas.prompts, canvas.elements(), Role.ORDER)
         chosen = self.sampler.unmasking.choose(
-            law, drawn, eligible, blocks.steps, blocks.total(), coins
+            own_law(logits), drawn, eligible, blocks.steps, blocks.total(), coins
         )
         moved = chosen.any(1)
         canvas.drawn, blocks.steps = canvas.drawn + moved, blocks.steps + moved
@@ -222,22 +238,30 @@ class MaskedPipeline(Pipeline):
         canvas.masked = canvas.masked & ~chosen
         return chosen
 
-    def _law(self, tokens: Tensor, canvas: Canvas, given: Tensor) -> Tensor:
-        """Return the target's law (N, C, V) of canvases (N, C), N = B or copies of the B rows."""
-        copies = len(tokens) // len(canvas.lengths)
-        lengths = canvas.lengths.repeat(copies)
-        logits = self._logits(tokens, lengths)
-        if self.sampler.guidance:
-            blind = tokens.masked_fill(given.repeat(copies, 1), self.target.mask_id)
-            without = self._logits(blind, lengths)
-            logits = (1 + self.sampler.guidance) * logits - self.sampler.guidance * without
-            logits = self.target.without_mask(logits)
-        return probabilities(logits, self.sampler.sampling)
+    def _draw(self, canvas: Canvas, logits: Tensor, noise: Noise) -> Tensor:
+        """Draw a token for each position (B, C) from the law that `sampling` makes of `logits`."""
+        coins = noise.uniform(canvas.prompts, canvas.elements(), Role.CORRECT)
+        return draw(probabilities(logits, self.sampler.sampling), coins)
 
-    def _logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        self.stats.target_rows += int(tokens.numel())
-        self.full_passes += len(tokens)
-        return self._pass(tokens, lengths)
+    def _look(self, tokens: Tensor, canvas: Canvas, given: Tensor) -> Tensor:
+        """Return the target's logits (N, C, V) of canvases (N, C) from one pass, guided.
+
+        N = B or copies of the B rows, all of the first copy before the second.
+        """
+        weight = self.sampler.guidance
+        if weight:
+            blind = given.repeat(len(tokens) // len(given), 1)
+            tokens = torch.cat([tokens, tokens.masked_fill(blind, self.target.mask_id)])
+        copies = len(tokens) // len(given)
+        self.stats.target_calls += 1
+        alive = [n for n in (canvas.lengths * canvas.masked.any(1)).tolist() if n]
+        self.stats.target_rows += copies * sum(alive)
+        self.full_passes += copies * len(alive)
+        logits = self._pass(tokens, canvas.lengths.repeat(copies))
+        if not weight:
+            return logits
+        seeing, blind = logits.chunk(2)
+        return self.target.without_mask((1 + weight) * seeing - weight * blind)
 
     def _new_stats(self) -> Stats:
         return Stats("masked text", self.guarantee, quantized=self._quantized())
@@ -274,21 +298,27 @@ class MaskedPipeline(Pipeline):
         open_rows: set[int],
     ) -> list[CanvasStep]:
         """Say what a round did to each row that was not finished before it."""
-        packed = torch.stack([canvas.tokens, canvas.masked, drafted, filled]).tolist()
-        tokens, masked, guessed, kept = packed
+        sets = torch.stack([canvas.masked, drafted, drafted & canvas.masked, filled]).tolist()
+        tokens, lengths = canvas.tokens.tolist(), canvas.lengths.tolist()
         steps = []
         for row in sorted(open_rows):
-            length = int(canvas.lengths[row])
-            places = [i for i in range(length) if guessed[row][i]]
+            masked, guessed, fallen, kept = (
+                [i for i in range(lengths[row]) if marks[row][i]] for marks in sets
+            )
             step = CanvasStep(
                 prompt=indices[row],
-                tokens=tokens[row][:length],
-                drafted=places,
-                filled=[i for i in range(length) if kept[row][i]],
-                remasked=[i for i in places if masked[row][i]],
-                finished=not any(masked[row]),
+                tokens=tokens[row][: lengths[row]],
+                drafted=guessed,
+                filled=kept,
+                remasked=fallen,
+                finished=not masked,
             )
             self.stats.elements += len(step.filled)
             open_rows -= {row} if step.finished else set()
             steps.append(step)
         return steps
+
+
+def own_law(logits: Tensor) -> Tensor:
+    """Return the law (..., V) of `logits` as they are, which says how sure a model is."""
+    return probabilities(logits, Sampling())

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import nn
 
-from specstream.drafters import CanvasDrafter
+from specstream.drafters import CanvasDrafter, TranslatedDrafter
 from specstream.drafters.loading import RECORD, load_canvas_drafter, read_record
 from specstream.drafters.self_speculative import holds_head, load_head
 from specstream.generation.dual_diffusion import DualDiffusionPipeline
 from specstream.generation.free_dave import FreeDavePipeline
 from specstream.generation.lengths import DraftLength, FixedLength
-from specstream.generation.loading import QUANTIZED, find_device
+from specstream.generation.loading import QUANTIZED, TOKENIZER_FILES, find_device
 from specstream.generation.masked import MaskedPipeline, Sampler
 from specstream.generation.self_speculative_pipeline import SelfSpeculativePipeline
 from specstream.models.pretrained_masked import FORM, PretrainedMaskedLM
@@ -26,9 +26,9 @@ from specstream.verification import CanvasVerifier
 def is_masked_run(run: str | Path) -> bool:
     """Whether a run folder holds a masked diffusion model, or a drafter of one."""
     folder = Path(run)
-    if holds_head(folder / "draft"):
-        return True
     if (folder / "draft" / RECORD).is_file():
+        if holds_head(folder / "draft"):
+            return True
         named = str(read_record(folder / "draft")["drafter"]["class_path"]).rpartition(".")[2]
         import specstream.drafters as known
 
@@ -150,6 +150,7 @@ def build_masked_pipeline(
         raise ValueError(
             f"{type(guesser).__name__} drafts causal text; a masked target needs a CanvasDrafter"
         )
+    check_canvas_tokenizers(target, processor, guesser)
     guesser = guesser.eval().requires_grad_(False).to(place)
     if quantize_models in ("drafter", "both"):
         quantize(guesser, "int8_weight_only")
@@ -165,3 +166,27 @@ def build_masked_pipeline(
         batch_size,
         compile,
     )
+
+
+def check_canvas_tokenizers(
+    target: PretrainedMaskedLM, processor: TextProcessor, drafter: CanvasDrafter
+) -> None:
+    """Raise ValueError where a model of `drafter` means another text by one of the token ids.
+
+    A translated one may.  A model that carries no tokenizer is taken at its word.
+    """
+    if isinstance(drafter, TranslatedDrafter):
+        return
+    names = {index: name for name, index in processor.tokenizer.get_vocab().items()}
+    for model in drafter.modules():
+        if not isinstance(model, PretrainedMaskedLM) or model.path in ("", target.path):
+            continue
+        folder = Path(model.path)
+        if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            continue
+        own = TextProcessor.from_pretrained(model.path).tokenizer.get_vocab()
+        if any(names.get(index, name) != name for name, index in own.items()):
+            raise ValueError(
+                f"drafter {model.path!r} and target {target.path!r} have different tokenizers: "
+                "let a TranslatedDrafter draft"
+            )
