@@ -7,9 +7,9 @@ Reading order: `prompts` (what is decoded), `pair` (the models), `methods` (who 
 (what is derived), `distillation` (the table of divergences), `questions`,
 `drafter_study` and `drafter_rows` (the table of drafters, with task metrics), `masked_prompts`,
 `masked_methods`, `masked_study`, `masked_rows` and `pareto` (the table of fillings: masked
-diffusion, quality against calls), `rows` (the results file), `tables`, `plots`, `masked_plots` and
-`readme` (what is made of it), `command` (the command line).  `sweep` trains what `distillation`
-compares.
+diffusion, quality against calls), `step_study` (a step of both its models), `rows` (the results
+file), `tables`, `plots`, `masked_plots` and `readme` (what is made of it), `command` (the command
+line).  `sweep` trains what `distillation` compares.
 """
 
 from specstream.benchmark.distillation import DistillationStudy
@@ -41,6 +41,7 @@ from specstream.benchmark.methods import (
 from specstream.benchmark.prompts import FilePrompts, HeldOutPrompts, PromptSource
 from specstream.benchmark.questions import QuestionFile
 from specstream.benchmark.speed import SpeedStudy
+from specstream.benchmark.step_study import StepStudy
 from specstream.benchmark.study import Study
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "SelfSpeculative",
     "Speculative",
     "SpeedStudy",
+    "StepStudy",
     "Study",
     "Transformers",
     "TransformersAssisted",

@@ -19,13 +19,13 @@ def write_plots(results: Path, rows: Sequence[JsonRow]) -> list[Path]:
 
     matplotlib.use("Agg", force=False)
     every = make_tables(rows)
-    tables = [table for table in every if table.rows[0]["study"] != "masked"]
-    fillings = [table for table in every if table.rows[0]["study"] == "masked"]
     first = {
         "speed": ("speedup", draw_speedups),
         "drafters": ("speedup", draw_call_reductions),
         "distillation": ("tau", draw_taus),
     }
+    tables = [table for table in every if table.rows[0]["study"] in first]
+    fillings = [table for table in every if table.rows[0]["study"] == "masked"]
     drawn = [(table, *first[table.rows[0]["study"]]) for table in tables]
     drawn += [(t, "alpha", draw_alphas) for t in tables if any(row["alphas"] for row in t.rows)]
     written = []

@@ -285,8 +285,26 @@ class MaskedRow:
     machine: Machine
 
 
-Row = SpeedRow | DistillationRow | DrafterRow | MaskedRow
-STUDIES = frozenset({"speed", "distillation", "drafters", "masked"})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRow:
+    """A denoising step of a target and of its drafter, on canvases of one length, in seconds."""
+
+    study: str = "steps"
+    task: str
+    batch_size: int
+    length: int
+    block_length: int
+    target_parameters: int
+    drafter_parameters: int
+    target_seconds: float
+    uncached_seconds: float  # the drafter's network, the whole canvas read again
+    drafter_seconds: float  # one block of it, the others cached
+    ratio: float  # target over drafter
+    machine: Machine
+
+
+Row = SpeedRow | DistillationRow | DrafterRow | MaskedRow | StepRow
+STUDIES = frozenset({"speed", "distillation", "drafters", "masked", "steps"})
 
 
 def describe_machine(device: str, dtype: str, arguments: Sequence[str]) -> Machine:

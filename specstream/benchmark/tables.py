@@ -32,6 +32,11 @@ def number(key: str, form: str) -> Callable[[JsonRow], str]:
     return lambda row: "" if row.get(key) is None else format(row[key], form)
 
 
+def seconds_as_ms(key: str) -> Callable[[JsonRow], str]:
+    """Return a cell of seconds, in milliseconds."""
+    return lambda row: f"{1000 * row[key]:.2f}"
+
+
 def times(key: str) -> Callable[[JsonRow], str]:
     """Return a cell such as 1.85x."""
     return lambda row: "" if row.get(key) is None else f"{row[key]:.2f}x"
@@ -180,7 +185,16 @@ DRAFTERS_AFTER = [
     Column("repeated 4-grams", number("repeated_4grams", ".0%")),
 ]
 
-
+STEPS = [
+    Column("positions", number("length", "d")),
+    Column("block", number("block_length", "d")),
+    Column("target parameters", number("target_parameters", ",")),
+    Column("drafter parameters", number("drafter_parameters", ",")),
+    Column("target step, ms", seconds_as_ms("target_seconds")),
+    Column("drafter step, ms", seconds_as_ms("drafter_seconds")),
+    Column("without cache, ms", seconds_as_ms("uncached_seconds")),
+    Column("cheaper", times("ratio")),
+]
 MASKED = [Column("method", filler)]  # then the task metric
 MASKED_AFTER = [
     Column("judge NLL", number("judge_nll", ".3f")),
@@ -212,10 +226,13 @@ def make_tables(rows: Sequence[JsonRow]) -> list[Table]:
 
 def _groups(rows: Sequence[JsonRow]) -> Iterator[tuple[str, list[Column], list[JsonRow]]]:
     def key(row: JsonRow) -> tuple[str, ...]:
-        return (row["study"], row["task"], row.get("setting", ""), row["sampling"])
+        return (row["study"], row["task"], row.get("setting", ""), row.get("sampling", ""))
 
     for (study, task, setting, sampling), members in groupby(rows, key):
         group = list(members)
+        if study == "steps":
+            yield f"{task} (batch {group[0]['batch_size']}; seconds of one step)", STEPS, group
+            continue
         tokens = f"{group[0]['num_prompts']} prompts, {group[0]['max_new_tokens']} new tokens"
         if study == "speed":
             yield f"{task}, {setting} ({sampling}; {tokens})", SPEED, group
