@@ -110,6 +110,7 @@ class CanvasStep:
     drafted: list[int]  # positions that the drafter guessed in this round
     filled: list[int]  # positions that hold a token from this round on
     remasked: list[int]  # drafted positions that are masked again
+    replaced: list[int]  # drafted positions that hold the target's token instead
     finished: bool
 
 
@@ -190,6 +191,9 @@ class Stats:
     full_committed: int = 0  # tokens committed in those
     plain_rounds: int = 0  # row-rounds in which nothing was drafted
     draft_lengths: int = 0  # drafted tokens, over full rounds
+    law: str = "the target's"  # the law that the guarantee is about
+    # passes of the whole target over one row: copies of a row in one call count each
+    full_passes: float | None = None
     quantized: dict[str, object] = field(default_factory=dict)  # what torchao converted, by role
 
     @property
@@ -222,10 +226,12 @@ class Stats:
         return {
             "modality": self.modality,
             "guarantee": self.guarantee.value,
+            "law": self.law,
             "prompts": self.prompts,
             "elements": self.elements,
             "target_calls": self.target_calls,
             "target_rows": self.target_rows,
+            "full_passes": self.full_passes,
             "draft_calls": self.draft_calls,
             "acceptance": self.acceptance,
             "accepted_length": self.accepted_length,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from specstream.benchmark.command import main
+from specstream.drafters import MaskedDraftModel
+from specstream.structures import CanvasDraft
 
 NETWORK = "{class_path: specstream.models.UntrainedMaskedLM, init_args: {vocab_size: 16, "
 NETWORK += "hidden_size: 32, intermediate_size: 48, num_layers: 1, num_heads: 2, mask_id: 1, "
@@ -27,9 +30,17 @@ def config(folder: Path, target: str, drafter: str, lengths: str = "[16, 64]") -
 
 
 def test_each_length_has_a_row_with_both_steps(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out.json"
+    propose, drafted = MaskedDraftModel.propose, []
+
+    def timed(self: MaskedDraftModel, *arguments: Any) -> CanvasDraft:
+        draft = propose(self, *arguments)
+        drafted.append(draft.drafted.nonzero()[:, 1].tolist())
+        return draft
+
+    monkeypatch.setattr(MaskedDraftModel, "propose", timed)
     assert main(["--config", config(tmp_path, WHOLE, BLOCKS), "--output", str(output)]) == 0
     shown = capsys.readouterr().out
     rows = json.loads(shown.splitlines()[-1])
@@ -40,6 +51,7 @@ def test_each_length_has_a_row_with_both_steps(
         for row in rows
     )
     assert "cheaper" in shown
+    assert drafted and all(places and min(places) >= 8 for places in drafted)  # the last block
 
 
 @pytest.mark.parametrize(

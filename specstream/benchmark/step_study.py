@@ -2,7 +2,8 @@
 
 A bidirectional target reads the whole canvas in every step; a block drafter reads one block over
 the keys and values of those before it.  How much that is worth depends on sizes and lengths only,
-so untrained networks will do.
+so untrained networks will do.  The drafter's step is timed whole, with what it draws and judges,
+the target's as its pass alone: a verified draft asks no more of it.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ from torch import nn
 
 from specstream.benchmark.rows import Machine, Row, StepRow, describe_machine
 from specstream.benchmark.study import Study, say
-from specstream.drafters.masked import MaskedDraftModel, look_at_block
+from specstream.drafters.masked import MaskedDraftModel
 from specstream.generation.costs import fastest
 from specstream.generation.loading import find_device
 from specstream.models.pretrained_masked import PretrainedMaskedLM
+from specstream.sampling import Noise, Sampling
+from specstream.structures import Canvas
 
 
 @dataclass(frozen=True)
 class StepStudy(Study):
     """Times a step of both models on canvases of several lengths, in turns; the least counts.
 
-    The drafter's step is the one that fills the last block of a canvas whose other blocks are
-    cached; beside it the same network without a cache.
+    The drafter's step is the first in the last block of a canvas whose other blocks are cached,
+    as a pipeline asks for it; beside it a pass of the same network without a cache.
 
     Args:
         name: what the table calls the pair.
@@ -81,13 +84,16 @@ class StepStudy(Study):
         masked[:, -network.block_length :] = True
         tokens = tokens.masked_fill(masked, target.mask_id)
         lengths = torch.full((self.batch_size,), length, device=tokens.device)
-        cache = MaskedDraftModel(target, lambda: network).new_cache(self.batch_size, length)
-        assert cache is not None
+        rows = torch.arange(self.batch_size, device=tokens.device)
+        canvas = Canvas(tokens, masked, lengths, rows, torch.zeros_like(rows))
+        drafter = MaskedDraftModel(target, lambda: network).eval()
+        cache, noise = drafter.new_cache(self.batch_size, length), Noise(0, tokens.device)
+        one = [1] * self.batch_size
         seconds = fastest(
             [
                 lambda: target(tokens, lengths),
                 lambda: network(tokens, lengths),
-                lambda: look_at_block(network, tokens, masked, lengths, cache),
+                lambda: drafter.propose(canvas, cache, one, Sampling(), noise).drafted,
             ]
         )
         say(f"{length} positions: {', '.join(f'{1000 * s:.2f} ms' for s in seconds)}")

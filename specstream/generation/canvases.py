@@ -17,7 +17,8 @@ from specstream.generation.batch import Limits
 from specstream.processors import TextProcessor
 from specstream.structures import Canvas, Completion, Origin
 
-MASKS = re.compile(r"\[MASK(?::(\d+))?\]")  # [MASK], or [MASK:12] for twelve
+MASKS = re.compile(r"\[MASK(?::([0-9]+))?\]")  # [MASK], or [MASK:12] for twelve
+MOST_MASKS = 2**20  # of one canvas: more than any model has room for, few enough to hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ def encode_canvas(
 ) -> CanvasPrompt:
     """Return the canvas of a prompt; in a text `[MASK]` is a masked token and `[MASK:n]` are n.
 
-    Raises ValueError for a prompt that is empty, or that says `[MASK:0]` and holds no mask.
+    Raises ValueError for a prompt that is empty, or that says `[MASK:0]` and holds no mask, and for
+    more than MOST_MASKS.
     """
     tokens = processor.encode(prompt)  # ValueError for what is no text
     if isinstance(prompt, str) and MASKS.search(prompt):
@@ -46,17 +48,31 @@ def encode_canvas(
         raise ValueError("a prompt is empty, and the tokenizer starts a text with no token")
     if mask_id in tokens:
         return CanvasPrompt(tokens, None)
+    _check_number(limits.max_new_tokens)
     return CanvasPrompt([*tokens, *[mask_id] * limits.max_new_tokens], len(tokens))
 
 
 def _infilled(processor: TextProcessor, prompt: str, mask_id: int) -> list[int]:
+    counts = [_number(found) for found in MASKS.finditer(prompt)]
+    _check_number(sum(counts))
     tokens: list[int] = []
     place = 0
-    for found in MASKS.finditer(prompt):
+    for found, count in zip(MASKS.finditer(prompt), counts, strict=True):
         tokens += _piece(processor, prompt[place : found.start()], first=place == 0)
-        tokens += [mask_id] * int(found[1] or 1)
+        tokens += [mask_id] * count
         place = found.end()
     return tokens + _piece(processor, prompt[place:], first=place == 0)
+
+
+def _number(found: re.Match[str]) -> int:
+    """Return how many masks a `[MASK]` or `[MASK:n]` stands for; beyond MOST_MASKS any such n."""
+    digits = (found[1] or "1").lstrip("0")
+    return int(digits[: len(str(MOST_MASKS)) + 1] or 0)
+
+
+def _check_number(masks: int) -> None:
+    if masks > MOST_MASKS:
+        raise ValueError(f"a prompt asks for more masked tokens than {MOST_MASKS}")
 
 
 def _piece(processor: TextProcessor, text: str, first: bool) -> list[int]:

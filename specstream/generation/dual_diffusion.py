@@ -11,28 +11,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specstream.drafters.base import CanvasDrafter
 from specstream.generation.lengths import DraftLength, FixedLength, RowLength, StepCosts
 from specstream.generation.masked import (
     Blocks,
     MaskedPipeline,
+    Round,
     Sampler,
     check_costs,
     own_law,
 )
-from specstream.generation.masked_costs import drafted_costs
+from specstream.generation.masked_costs import drafted_costs, rounded
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.models.quantization import quantization_report
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise
 from specstream.structures import Canvas, CanvasDraft, Guarantee
 from specstream.verification import CanvasVerifier, ConfidenceThreshold
+
+
+@dataclass(slots=True)
+class HandedOver:
+    """For how many rounds each row is the target's alone, (B,) each.
+
+    A round of which nothing stands hands the row over for one round, the next such for two, and so
+    on: a drafter that is of no use costs little.
+    """
+
+    wait: Tensor
+    patience: Tensor
+
+    @classmethod
+    def of(cls, canvas: Canvas) -> HandedOver:
+        return cls(torch.zeros_like(canvas.lengths), torch.ones_like(canvas.lengths))
+
+    def over(self) -> Tensor:
+        """Return which rows may be drafted in the coming round, (B,) bool."""
+        return self.wait == 0
+
+    def learn(self, drafted: Tensor, stood: Tensor) -> None:
+        """Learn of a round in which rows drafted (B,), and of which something stood (B,)."""
+        self.wait = (self.wait - 1).clamp(min=0)
+        failed = drafted & ~stood
+        self.wait = torch.where(failed, self.patience, self.wait)
+        self.patience = torch.where(failed, 2 * self.patience, self.patience)
+        self.patience = torch.where(stood, 1, self.patience)
 
 
 class DualDiffusionPipeline(MaskedPipeline):
@@ -71,44 +100,59 @@ class DualDiffusionPipeline(MaskedPipeline):
         self.lengths = lengths if lengths is not None else FixedLength(4)
         self.copies = copies
         self.max_target_calls = max_target_calls
-        self.costs = costs
+        self.costs = self.given_costs = costs
+        self.measured: dict[int, StepCosts] = {}  # by the width of canvases
         check_costs(self.lengths, costs)
+        if self.lengths.needs_costs and copies > 1:
+            raise ValueError(
+                "the cost model counts a step of the target's own in each round, which it makes "
+                "with copies 1 only"
+            )
         drafter.check_target(target, processor)
         super().__init__(target, processor, sampler, batch_size, compile)
 
-    def prepare(self, width: int) -> None:
-        if self.lengths.needs_costs and self.costs is None:
-            self.costs = drafted_costs(
-                self.target, self.drafter, self.lengths, self.copies, self.batch_size, width
-            )
+    @property
+    def law(self) -> str:
+        return "no law: drafts stand by a rule"
 
-    def _fill(self, canvas: Canvas, given: Tensor, noise: Noise) -> Iterator[tuple[Tensor, Tensor]]:
+    @property
+    def models(self) -> list[nn.Module]:
+        return [self.target, self.drafter]
+
+    def prepare(self, width: int) -> None:
+        if self.lengths.needs_costs and self.given_costs is None:
+            width = rounded(self.target, width)
+            if width not in self.measured:
+                self.measured[width] = drafted_costs(self.way, self.drafter, self.lengths, width)
+            self.costs = self.measured[width]
+
+    def _fill(self, canvas: Canvas, given: Tensor, noise: Noise) -> Iterator[Round]:
         blocks = Blocks.of(canvas.masked, self.sampler.block_tokens)
         rows = [self.lengths.for_row(self.costs) for _ in canvas.lengths]
         cache = self.drafter.new_cache(*canvas.tokens.shape)
         calls = torch.zeros_like(canvas.lengths)  # (B,) target passes that each row has needed
-        handed_over = torch.zeros_like(calls, dtype=torch.bool)
+        handed_over = HandedOver.of(canvas)
         while bool(canvas.masked.any()):
             before = canvas.masked
             alive = before.any(1)  # (B,)
-            drafting = (alive & ~handed_over).tolist()
+            drafting = (alive & handed_over.over()).tolist()
             wanted = [row.choose() if may else 0 for row, may in zip(rows, drafting, strict=True)]
             draft = self._draft(canvas, blocks, cache, wanted, noise)
             asks = alive & (~draft.drafted.any(1) | self.verifier.needs_target)
             logits = self._score(canvas, draft, given) if bool(asks.any()) else None
-            kept = self._judge(canvas, draft, logits)
+            stands, replaced = self._judge(canvas, draft, logits)
             calls = calls + asks
             last = asks & (calls >= (self.max_target_calls or math.inf))
             if logits is not None:
-                self._go_on(canvas, blocks, draft, kept, logits, asks, last, noise)
+                self._go_on(canvas, blocks, draft, stands, logits, asks, last, noise)
             filled = before & ~canvas.masked
-            handed_over = alive & ~filled.any(1)
-            self._record(rows, draft, kept, filled, alive)
-            yield draft.drafted, filled
+            handed_over.learn(draft.drafted.any(1), (filled & draft.drafted).any(1))
+            self._record(rows, draft, stands, filled, alive)
+            yield Round(filled, draft.drafted, replaced)
             fallen = canvas.masked & last[:, None]
             if logits is not None and bool(fallen.any()):
                 self._finish(canvas, fallen, logits, noise)
-                yield torch.zeros_like(fallen), fallen
+                yield Round(fallen)
 
     def _draft(
         self, canvas: Canvas, blocks: Blocks, cache: Any, wanted: list[int], noise: Noise
@@ -120,19 +164,25 @@ class DualDiffusionPipeline(MaskedPipeline):
         canvas.drawn = shown.drawn
         return draft
 
-    def _judge(self, canvas: Canvas, draft: CanvasDraft, logits: Tensor | None) -> Tensor:
-        """Put into `canvas` what stands of the draft; return where (B, C)."""
+    def _judge(
+        self, canvas: Canvas, draft: CanvasDraft, logits: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Put into `canvas` what the rule lets stand; return where that is the draft's, where not.
+
+        (B, C) each: a rule may put the target's token in place of a drafted one.
+        """
         verdict = self.verifier(draft, None if logits is None else own_law(logits))
         canvas.tokens = torch.where(verdict.kept, verdict.tokens, canvas.tokens)
         canvas.masked = canvas.masked & ~verdict.kept
-        return verdict.kept
+        own = verdict.tokens == draft.tokens
+        return verdict.kept & own, verdict.kept & ~own
 
     def _go_on(
         self,
         canvas: Canvas,
         blocks: Blocks,
         draft: CanvasDraft,
-        kept: Tensor,
+        stands: Tensor,
         logits: Tensor,
         asks: Tensor,
         last: Tensor,
@@ -143,7 +193,7 @@ class DualDiffusionPipeline(MaskedPipeline):
         It finishes a row for which this pass is the `last` (B,).  In another it makes a step of
         its own, if `logits` (B, C, V) speak of the canvas as it is: all of the draft was shown.
         """
-        whole = asks & (kept == draft.drafted).all(1)
+        whole = asks & (stands == draft.drafted).all(1)
         self._finish(canvas, canvas.masked & (whole & last)[:, None], logits, noise)
         own = whole & ~last
         if self.copies > 1:
@@ -170,14 +220,19 @@ class DualDiffusionPipeline(MaskedPipeline):
         return said.take_along_dim(turn[None, :, :, None], 0)[0]
 
     def _record(
-        self, rows: list[RowLength], draft: CanvasDraft, kept: Tensor, filled: Tensor, alive: Tensor
+        self,
+        rows: list[RowLength],
+        draft: CanvasDraft,
+        stands: Tensor,
+        filled: Tensor,
+        alive: Tensor,
     ) -> None:
         """Tell each row which of its steps stood whole, one after the other, and count them."""
         stats = self.stats
         number = int(draft.steps.max()) + 1
-        steps = torch.arange(number, device=kept.device)[:, None, None]
+        steps = torch.arange(number, device=stands.device)[:, None, None]
         mine = draft.steps == steps  # (K, B, C)
-        drafted, stood = mine.sum(2).T.tolist(), (mine & kept).sum(2).T.tolist()  # (B, K)
+        drafted, stood = mine.sum(2).T.tolist(), (mine & stands).sum(2).T.tolist()  # (B, K)
         stats.tested += [0] * (number - len(stats.tested))
         stats.accepted += [0] * (number - len(stats.accepted))
         counts = zip(rows, drafted, stood, filled.sum(1).tolist(), alive.tolist(), strict=True)

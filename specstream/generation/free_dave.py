@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from specstream.generation.lengths import DraftLength, FixedLength, RowLength, StepCosts
-from specstream.generation.masked import Blocks, MaskedPipeline, Sampler, check_costs
-from specstream.generation.masked_costs import nested_costs
+from specstream.generation.masked import Blocks, MaskedPipeline, Round, Sampler, check_costs
+from specstream.generation.masked_costs import nested_costs, rounded
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise
@@ -62,15 +62,19 @@ class FreeDavePipeline(MaskedPipeline):
         if not isinstance(unmasking, StaticSchedule) or unmasking.order == "random":
             raise ValueError("nested steps need a StaticSchedule whose order is not random")
         self.lengths = lengths if lengths is not None else FixedLength(4)
-        self.costs = costs
+        self.costs = self.given_costs = costs
+        self.measured: dict[int, StepCosts] = {}  # by the width of canvases
         check_costs(self.lengths, costs)
         self._none = Noise(0, target.device)  # decides nothing at temperature 0
 
     def prepare(self, width: int) -> None:
-        if self.lengths.needs_costs and self.costs is None:
-            self.costs = nested_costs(self.target, self.lengths, self.batch_size, width)
+        if self.lengths.needs_costs and self.given_costs is None:
+            width = rounded(self.target, width)
+            if width not in self.measured:
+                self.measured[width] = nested_costs(self.way, self.lengths, width)
+            self.costs = self.measured[width]
 
-    def _fill(self, canvas: Canvas, given: Tensor, noise: Noise) -> Iterator[tuple[Tensor, Tensor]]:
+    def _fill(self, canvas: Canvas, given: Tensor, noise: Noise) -> Iterator[Round]:
         blocks = Blocks.of(canvas.masked, self.sampler.block_tokens)
         rows = [self.lengths.for_row(self.costs) for _ in canvas.lengths]
         logits = self._look(canvas.tokens, canvas, given)
@@ -91,7 +95,7 @@ class FreeDavePipeline(MaskedPipeline):
             self._take(canvas, blocks, drafts, taken)
             filled = before & ~canvas.masked
             self._record(rows, before, drafts, taken, filled)
-            yield torch.zeros_like(filled), filled
+            yield Round(filled)
 
     def _drafts(self, canvas: Canvas, blocks: Blocks, logits: Tensor, number: int) -> list[Drafted]:
         """Return the canvases after 1..number steps if the logits (B, C, V) stayed as they are.

@@ -21,6 +21,7 @@ from specstream.generation.batch import Limits
 from specstream.generation.lengths import DraftLength
 from specstream.generation.speculative import SpeculativePipeline
 from specstream.models.pretrained_lm import PretrainedLM
+from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.models.quantization import quantize
 from specstream.processors import TextProcessor
 from specstream.sampling import Sampling
@@ -180,7 +181,9 @@ def check_tokenizers(target: PretrainedLM, processor: TextProcessor, drafter: Dr
             )
 
 
-def check_data_tokenizer(target: PretrainedLM, processor: TextProcessor) -> None:
+def check_data_tokenizer(
+    target: PretrainedLM | PretrainedMaskedLM, processor: TextProcessor
+) -> None:
     """Raise ValueError where the data's tokenizer means another text by one of the target's ids.
 
     A target that carries no tokenizer is taken at its word.

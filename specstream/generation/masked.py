@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specstream.generation.base import Pipeline, Prompt
 from specstream.generation.batch import Limits
@@ -32,6 +32,7 @@ from specstream.generation.canvases import (
     mask_blocks,
 )
 from specstream.generation.lengths import DraftLength, StepCosts
+from specstream.generation.masked_costs import TargetPass
 from specstream.models.compilation import compile_shapes
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.models.quantization import quantization_report
@@ -68,6 +69,15 @@ class Blocks:
     def total(self) -> Tensor:
         """Return how many masks each row's block held, (B,)."""
         return self.totals.gather(1, self.current[:, None])[:, 0]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one round does, (B, C) bool each; None: nothing of the kind."""
+
+    filled: Tensor  # positions that hold a token from this round on
+    drafted: Tensor | None = None  # positions that were guessed
+    replaced: Tensor | None = None  # of these, those that hold the target's token instead
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ class MaskedPipeline(Pipeline):
         self.batch_size = batch_size
         self.compiled = compile
         self._pass = compile_shapes(target.forward) if compile else target.forward
-        self.stats, self.full_passes = self._new_stats(), 0.0
+        self.stats = self._new_stats()
 
     def generate(
         self,
@@ -155,7 +165,7 @@ class MaskedPipeline(Pipeline):
         numbers = list(range(len(encoded))) if indices is None else list(indices)
         if len(set(numbers)) != len(encoded):
             raise ValueError(f"{len(encoded)} prompts need as many different indices: {numbers}")
-        self.stats, self.full_passes = self._new_stats(), 0.0
+        self.stats = self._new_stats()
         self.stats.prompts = len(encoded)
         self.prepare(max((len(canvas.tokens) for canvas in encoded), default=0))
         noise = Noise(0 if seed is None else seed, self.target.device)
@@ -177,8 +187,7 @@ class MaskedPipeline(Pipeline):
         for step in self.generate(prompts, seed=seed, indices=numbers):
             tokens[step.prompt] = step.tokens
             for place in step.filled:
-                drafted = place in step.drafted
-                origins[step.prompt][place] = Origin.ACCEPTED if drafted else Origin.PLAIN
+                origins[step.prompt][place] = origin_of(place, step)
         return [
             complete_canvas(
                 self.processor,
@@ -208,11 +217,18 @@ class MaskedPipeline(Pipeline):
             )
         return canvas
 
+    @property
+    def way(self) -> TargetPass:
+        """How the target runs here, for those who time it."""
+        return TargetPass(
+            self.target, self._pass, self.compiled, repr(self._quantized()), self.batch_size
+        )
+
     def prepare(self, width: int) -> None:
         """Do what has to be done once before canvases of `width` are filled, off the clock."""
 
-    def _fill(self, canvas: Canvas, given: Tensor, noise: Noise) -> Iterator[tuple[Tensor, Tensor]]:
-        """Fill `canvas` in place; after each round yield what was drafted and filled, (B, C) each.
+    def _fill(self, canvas: Canvas, given: Tensor, noise: Noise) -> Iterator[Round]:
+        """Fill `canvas` in place; yield what each round does.
 
         `given` (B, C) marks the prompt, which guidance leaves out.
         """
@@ -220,7 +236,7 @@ class MaskedPipeline(Pipeline):
         while bool(canvas.masked.any()):
             logits = self._look(canvas.tokens, canvas, given)
             filled = self._step(canvas, blocks, logits, canvas.masked, noise)
-            yield torch.zeros_like(filled), filled
+            yield Round(filled)
 
     def _step(
         self, canvas: Canvas, blocks: Blocks, logits: Tensor, masked: Tensor, noise: Noise
@@ -264,7 +280,32 @@ class MaskedPipeline(Pipeline):
         return self.target.without_mask((1 + weight) * seeing - weight * blind)
 
     def _new_stats(self) -> Stats:
-        return Stats("masked text", self.guarantee, quantized=self._quantized())
+        return Stats(
+            "masked text",
+            self.guarantee,
+            quantized=self._quantized(),
+            law=self.law,
+            full_passes=0.0,
+        )
+
+    @property
+    def law(self) -> str:
+        """Name the law of the output, of which the guarantee speaks."""
+        return f"the sampler {self.sampler.unmasking}"
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The networks that a run needs, to be moved to its device."""
+        return [self.target]
+
+    @property
+    def full_passes(self) -> float:
+        """Passes of the whole target over one canvas that the last run took."""
+        return self.stats.full_passes or 0.0
+
+    @full_passes.setter
+    def full_passes(self, passes: float) -> None:
+        self.stats.full_passes = passes
 
     def _quantized(self) -> dict[str, Any]:
         report = quantization_report(self.target)
@@ -282,7 +323,7 @@ class MaskedPipeline(Pipeline):
         while True:
             with torch.inference_mode():
                 found = next(rounds, None)
-                steps = [] if found is None else self._steps(canvas, indices, *found, open_rows)
+                steps = [] if found is None else self._steps(canvas, indices, found, open_rows)
             self.stats.seconds += time.perf_counter() - started
             if found is None:
                 return
@@ -293,24 +334,28 @@ class MaskedPipeline(Pipeline):
         self,
         canvas: Canvas,
         indices: Sequence[int],
-        drafted: Tensor,
-        filled: Tensor,
+        found: Round,
         open_rows: set[int],
     ) -> list[CanvasStep]:
         """Say what a round did to each row that was not finished before it."""
-        sets = torch.stack([canvas.masked, drafted, drafted & canvas.masked, filled]).tolist()
+        nothing = torch.zeros_like(found.filled)
+        drafted = nothing if found.drafted is None else found.drafted
+        replaced = nothing if found.replaced is None else found.replaced
+        fallen = drafted & canvas.masked
+        sets = torch.stack([canvas.masked, drafted, found.filled, fallen, replaced]).tolist()
         tokens, lengths = canvas.tokens.tolist(), canvas.lengths.tolist()
         steps = []
         for row in sorted(open_rows):
-            masked, guessed, fallen, kept = (
+            masked, guessed, filled, remasked, others = (
                 [i for i in range(lengths[row]) if marks[row][i]] for marks in sets
             )
             step = CanvasStep(
                 prompt=indices[row],
                 tokens=tokens[row][: lengths[row]],
                 drafted=guessed,
-                filled=kept,
-                remasked=fallen,
+                filled=filled,
+                remasked=remasked,
+                replaced=others,
                 finished=not masked,
             )
             self.stats.elements += len(step.filled)
@@ -322,3 +367,10 @@ class MaskedPipeline(Pipeline):
 def own_law(logits: Tensor) -> Tensor:
     """Return the law (..., V) of `logits` as they are, which says how sure a model is."""
     return probabilities(logits, Sampling())
+
+
+def origin_of(place: int, step: CanvasStep) -> Origin:
+    """Say where the token that a round has filled in comes from."""
+    if place in step.replaced:
+        return Origin.CORRECTION
+    return Origin.ACCEPTED if place in step.drafted else Origin.PLAIN

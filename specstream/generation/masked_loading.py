@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import nn
 
-from specstream.drafters import CanvasDrafter, TranslatedDrafter
+from specstream.drafters import CanvasDrafter, MaskedDraftModel, TranslatedDrafter
 from specstream.drafters.loading import RECORD, load_canvas_drafter, read_record
 from specstream.drafters.self_speculative import holds_head, load_head
 from specstream.generation.dual_diffusion import DualDiffusionPipeline
@@ -20,7 +20,11 @@ from specstream.generation.self_speculative_pipeline import SelfSpeculativePipel
 from specstream.models.pretrained_masked import FORM, PretrainedMaskedLM
 from specstream.models.quantization import quantize
 from specstream.processors import TextProcessor
-from specstream.verification import CanvasVerifier
+from specstream.unmasking import StaticSchedule
+from specstream.verification import CanvasVerifier, TokenVerifier
+
+COPIES, WINDOWS = 2, 4  # unless said
+SELF_VERIFYING = "a self-speculative head fills positions in random order and verifies itself"
 
 
 def is_masked_run(run: str | Path) -> bool:
@@ -48,11 +52,12 @@ def load_masked_run(
     *,
     sampler: Sampler | None = None,
     nested_steps: int = 0,
-    verifier: CanvasVerifier | None = None,
+    verifier: CanvasVerifier | TokenVerifier | None = None,
     lengths: DraftLength | None = None,
-    copies: int = 2,
+    copies: int = COPIES,
     max_target_calls: int | None = None,
-    windows: int = 4,
+    sure: float | None = None,
+    windows: int = WINDOWS,
     batch_size: int = 1,
     compile: bool = False,
     dtype: str = "auto",
@@ -62,8 +67,8 @@ def load_masked_run(
 ) -> MaskedPipeline:
     """Load a run folder: its drafter or head with its target, or a trained model alone.
 
-    `windows` is how many trunk passes fill a canvas by self-speculation; everything else is
-    explained in `build_masked_pipeline`.
+    `windows` is how many trunk passes fill a canvas by self-speculation, whose `verifier` judges
+    chains of tokens; everything else is explained in `build_masked_pipeline`.
     """
     folder = Path(run)
     draft = folder / "draft"
@@ -71,18 +76,27 @@ def load_masked_run(
     path = str(folder / "model") if alone else str(read_record(draft)["target"]["path"])
     if alone and not (folder / "model").is_dir():
         path = str(folder)
-    target = PretrainedMaskedLM(path, dtype, attn_implementation, device)
     if not alone and holds_head(draft):
-        if nested_steps or verifier is not None or lengths is not None or quantize_models != "none":
-            raise ValueError(f"{str(draft)!r} holds a self-speculative head, which verifies itself")
-        head = load_head(draft, target).to(find_device(device))
-        target = target.eval().requires_grad_(False).to(find_device(device))
-        processor = TextProcessor.from_pretrained(path)
-        return SelfSpeculativePipeline(
-            target, head, processor, windows, sampler=sampler, batch_size=batch_size
-        )
+        given = {
+            "nested_steps": nested_steps != 0,
+            "a draft length": lengths is not None,
+            "copies": copies != COPIES,
+            "max_target_calls": max_target_calls is not None,
+            "sure": sure is not None,
+            "compile": compile,
+            "quantize": quantize_models != "none",
+        }
+        refuse_unused(SELF_VERIFYING, given | schedule_options(sampler))
+        if isinstance(verifier, CanvasVerifier):
+            raise ValueError(
+                f"{type(verifier).__name__} judges canvases, a self-speculative head needs a "
+                "verifier of chains, such as TokenRejection"
+            )
+        target = PretrainedMaskedLM(path, dtype, attn_implementation, device)
+        return _self_speculative(draft, target, windows, verifier, sampler, batch_size, device)
+    refuse_unused("the run has no self-speculative head", {"windows": windows != WINDOWS})
     return build_masked_pipeline(
-        target,
+        PretrainedMaskedLM(path, dtype, attn_implementation, device),
         None
         if alone
         else lambda target: load_canvas_drafter(draft, target, dtype, attn_implementation, device),
@@ -92,10 +106,47 @@ def load_masked_run(
         lengths=lengths,
         copies=copies,
         max_target_calls=max_target_calls,
+        sure=sure,
         batch_size=batch_size,
         compile=compile,
         device=device,
         quantize_models=quantize_models,
+    )
+
+
+def refuse_unused(reason: str, given: Mapping[str, bool]) -> None:
+    """Raise ValueError that names what is `given` and would have no effect, and the reason."""
+    names = [name for name, is_given in given.items() if is_given]
+    if names:
+        has = "has" if len(names) == 1 else "have"
+        raise ValueError(f"{reason}: {', '.join(names)} {has} no use")
+
+
+def schedule_options(sampler: Sampler | None) -> dict[str, bool]:
+    """Return which of the options that say what a step fills differ from their defaults."""
+    usual = Sampler().unmasking
+    rule = usual if sampler is None else sampler.unmasking
+    assert isinstance(usual, StaticSchedule)
+    if not isinstance(rule, StaticSchedule):
+        return {"unmasking": True}
+    return {"steps": rule.num_steps != usual.num_steps, "order": rule.order != usual.order}
+
+
+def _self_speculative(
+    draft: Path,
+    target: PretrainedMaskedLM,
+    windows: int,
+    verifier: TokenVerifier | None,
+    sampler: Sampler | None,
+    batch_size: int,
+    device: str,
+) -> SelfSpeculativePipeline:
+    place = find_device(device)
+    head = load_head(draft, target).to(place)
+    target = target.eval().requires_grad_(False).to(place)
+    processor = TextProcessor.from_pretrained(target.path)
+    return SelfSpeculativePipeline(
+        target, head, processor, windows, verifier, sampler=sampler, batch_size=batch_size
     )
 
 
@@ -105,10 +156,11 @@ def build_masked_pipeline(
     *,
     sampler: Sampler | None = None,
     nested_steps: int = 0,
-    verifier: CanvasVerifier | None = None,
+    verifier: CanvasVerifier | TokenVerifier | None = None,
     lengths: DraftLength | None = None,
-    copies: int = 2,
+    copies: int = COPIES,
     max_target_calls: int | None = None,
+    sure: float | None = None,
     batch_size: int = 1,
     compile: bool = False,
     device: str = "auto",
@@ -116,42 +168,41 @@ def build_masked_pipeline(
 ) -> MaskedPipeline:
     """Put models together: dual diffusion with a drafter, else nested steps or plain sampling.
 
-    `lengths` counts drafted denoising steps.  Raises ValueError for models that do not fit together
-    and for an option that would have no effect.
+    `lengths` counts drafted denoising steps; of `nested_steps` it says how many of them, if it
+    chooses.  `sure` replaces that of a `MaskedDraftModel`.  Raises ValueError for models that do
+    not fit together, for a value that no model takes, and for an option that would have no effect.
     """
     if not isinstance(target, PretrainedMaskedLM) or not target.path:
         raise ValueError(
             "the target must be a PretrainedMaskedLM of a folder or the hub, not "
             f"{type(target).__name__}"
         )
+    if isinstance(verifier, TokenVerifier):
+        raise ValueError(f"verifier: {type(verifier).__name__} judges causal text, not canvases")
     assert quantize_models in QUANTIZED
+    if drafter is None:
+        given = {
+            "verifier": verifier is not None,
+            "copies": copies != COPIES,
+            "max_target_calls": max_target_calls is not None,
+            "sure": sure is not None,
+            "a draft length": lengths is not None and not nested_steps,
+            "quantizing it": quantize_models in ("drafter", "both"),
+        }
+        refuse_unused("there is no drafter", given)
+    elif nested_steps:
+        raise ValueError("nested steps are the target's own: they have no use beside a drafter")
     place = find_device(device)
     target = target.eval().requires_grad_(False).to(place)
     processor = TextProcessor.from_pretrained(target.path)
     if quantize_models in ("target", "both"):
         quantize(target, "int8_weight_only")
+    if drafter is None and nested_steps:
+        steps = nested_length(nested_steps, lengths)
+        return FreeDavePipeline(target, processor, steps, sampler, batch_size, compile)
     if drafter is None:
-        if verifier is not None or max_target_calls is not None or copies != 2:
-            raise ValueError(
-                "there is no drafter: verifier, copies and max_target_calls have no use"
-            )
-        if quantize_models in ("drafter", "both"):
-            raise ValueError("there is no drafter to quantize")
-        if nested_steps:
-            steps = lengths if lengths is not None else FixedLength(nested_steps)
-            return FreeDavePipeline(target, processor, steps, sampler, batch_size, compile)
-        if lengths is not None:
-            raise ValueError("there is no drafter: a draft length has no use")
         return MaskedPipeline(target, processor, sampler, batch_size, compile)
-    if nested_steps:
-        raise ValueError("nested steps are the target's own: they have no use beside a drafter")
-    guesser = drafter(target)
-    if not isinstance(guesser, CanvasDrafter):
-        raise ValueError(
-            f"{type(guesser).__name__} drafts causal text; a masked target needs a CanvasDrafter"
-        )
-    check_canvas_tokenizers(target, processor, guesser)
-    guesser = guesser.eval().requires_grad_(False).to(place)
+    guesser = make_canvas_drafter(target, processor, drafter, sure).to(place)
     if quantize_models in ("drafter", "both"):
         quantize(guesser, "int8_weight_only")
     return DualDiffusionPipeline(
@@ -166,6 +217,38 @@ def build_masked_pipeline(
         batch_size,
         compile,
     )
+
+
+def nested_length(nested_steps: int, lengths: DraftLength | None) -> DraftLength:
+    """Return how many nested steps a round drafts; ValueError where the two contradict."""
+    if lengths is not None and lengths.max_tokens != nested_steps:
+        raise ValueError(
+            f"nested_steps {nested_steps} and a draft length of {lengths.max_tokens} contradict "
+            "each other: give one of the two"
+        )
+    return lengths if lengths is not None else FixedLength(nested_steps)
+
+
+def make_canvas_drafter(
+    target: PretrainedMaskedLM,
+    processor: TextProcessor,
+    drafter: Callable[[nn.Module], nn.Module],
+    sure: float | None = None,
+) -> CanvasDrafter:
+    """Build what drafts for `target`; ValueError where it does not fit, or knows no `sure`."""
+    if sure is not None and not 0 <= sure <= 1:
+        raise ValueError(f"sure must be in [0, 1], got {sure}")
+    guesser = drafter(target)
+    if not isinstance(guesser, CanvasDrafter):
+        raise ValueError(
+            f"{type(guesser).__name__} drafts causal text; a masked target needs a CanvasDrafter"
+        )
+    if sure is not None:
+        if not isinstance(guesser, MaskedDraftModel):
+            raise ValueError(f"sure is for a MaskedDraftModel, not for {type(guesser).__name__}")
+        guesser.sure = sure
+    check_canvas_tokenizers(target, processor, guesser)
+    return guesser.eval().requires_grad_(False)
 
 
 def check_canvas_tokenizers(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from specstream.generation.masked import MaskedPipeline, Sampler
+from specstream.generation.masked import MaskedPipeline, Round, Sampler
 from specstream.generation.self_speculative import SelfSpeculativeSampler
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.models.self_speculative import SelfSpeculativeHead
@@ -35,13 +35,22 @@ class SelfSpeculativePipeline(MaskedPipeline):
         sampler: Sampler | None = None,
         batch_size: int = 1,
     ) -> None:
+        self.num_windows = num_windows
         super().__init__(target, processor, sampler, batch_size)
         if self.sampler.guidance or self.sampler.block_tokens is not None:
             raise ValueError("self-speculation takes neither guidance nor block_tokens")
-        self.head, self.num_windows, self.speculate = head, num_windows, speculate
+        self.head, self.speculate = head, speculate
         self.verifier = verifier
         self.guarantee = self._new_filler().guarantee
         self.stats = self._new_stats()
+
+    @property
+    def law(self) -> str:
+        return f"the sequential law in {self.num_windows} windows"
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return [self.target, self.head]
 
     def _new_filler(self) -> SelfSpeculativeSampler:
         return SelfSpeculativeSampler(
@@ -53,7 +62,7 @@ class SelfSpeculativePipeline(MaskedPipeline):
             self.speculate,
         )
 
-    def _fill(self, canvas: Canvas, given: Tensor, noise: Noise) -> Iterator[tuple[Tensor, Tensor]]:
+    def _fill(self, canvas: Canvas, given: Tensor, noise: Noise) -> Iterator[Round]:
         filler = self._new_filler()
         stats = self.stats
         rounds = filler.fill(canvas.tokens, canvas.masked, canvas.lengths, canvas.prompts, noise)
@@ -66,7 +75,7 @@ class SelfSpeculativePipeline(MaskedPipeline):
             stats.draft_calls += self.speculate
             self.full_passes = passes + filler.full_row_passes
             self._count(found.tested.tolist(), found.accepted.sum(1).tolist())
-            yield found.accepted, found.filled
+            yield Round(found.filled, found.accepted)
         stats.target_rows += filler.counts.trunk_rows * canvas.tokens.shape[1]
 
     def _count(self, tested: list[int], accepted: list[int]) -> None:

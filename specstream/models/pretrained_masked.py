@@ -156,13 +156,20 @@ class PretrainedMaskedLM(nn.Module):
         return SlotCache(self.num_layers, batch_size, capacity)
 
     def extend(
-        self, tokens: Tensor, starts: Tensor, lengths: Tensor, cache: SlotCache, view: int
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        cache: SlotCache,
+        view: int,
+        asked: Tensor | None = None,
     ) -> Tensor:
         """Read whole blocks `tokens` (B, T) at slots starts + i over `cache`; return (B, T, V).
 
         `starts` (B,) are first slots of blocks, up to which the cache is to hold each row;
         `lengths` (B,) are those of the canvases: what lies beyond is seen by nobody.  `view` is how
-        many slots the pass reads.  Reading a block again replaces its keys and values.
+        many slots the pass reads.  Reading a block again replaces its keys and values.  Of `asked`
+        (B, N), indices into T, the logits are wanted, (B, N, V); None: of all.
         """
         assert self.block_length is not None, "a bidirectional model has no keys that stay valid"
         slots = starts[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
@@ -180,7 +187,10 @@ class PretrainedMaskedLM(nn.Module):
             use_cache=True,
         )
         cache.close()
-        return self.head(output.last_hidden_state)  # a block model is never shifted
+        states = output.last_hidden_state  # (B, T, D); a block model is never shifted
+        if asked is not None:
+            states = states.take_along_dim(asked[:, :, None], 1)  # (B, N, D)
+        return self.head(states)
 
     def _spoken(self, hidden: Tensor, positions: Tensor | None) -> Tensor:
         """Move each state to the position that it speaks of; a document's first keeps its own."""

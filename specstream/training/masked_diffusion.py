@@ -23,6 +23,7 @@ from torch.optim import AdamW
 from specstream.divergences import CrossEntropy, Divergence, ForwardKL, Head, chunked_divergence
 from specstream.drafters.loading import save_drafter
 from specstream.drafters.masked import MaskedDraftModel
+from specstream.generation.loading import check_data_tokenizer
 from specstream.models.pretrained_masked import (
     MaskedFromCausal,
     PretrainedMaskedLM,
@@ -126,6 +127,9 @@ class MaskedDiffusionModule(SummedLossModule):
         if target is not None:
             check_apart(target.path, Path(self.trainer.default_root_dir))
             self.drafter().check_target(target, self.processor)
+        for network in (model, target):
+            if network is not None:
+                check_data_tokenizer(network, self.processor)
         models = {"model": model} | ({} if target is None else {"target": target})
         check_row_length(data, models)
         length, block = data.layout.sequence_length, model.block_length
@@ -184,7 +188,7 @@ class MaskedDiffusionModule(SummedLossModule):
         times = position_times(row_times, batch["positions"], self.model.block_length)
         build = hide_in_turn if self.complementary else hide
         rows = build(batch, times, self.model.mask_id, noise)
-        if self.corruption:
+        if self.corruption and self.training:  # validation measures the bound itself
             sizes = (self.model.vocab_size, self.model.mask_id)
             rows = corrupt(rows, batch, self.corruption, *sizes, noise)
         return rows

@@ -89,7 +89,7 @@ class SelfSpeculativeModule(SummedLossModule):
         assert self.target is not None
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         take_mask_token(self.target, data.tokenizer, "target")
-        check_data_tokenizer(self.target, TextProcessor(data.tokenizer))  # type: ignore[arg-type]
+        check_data_tokenizer(self.target, TextProcessor(data.tokenizer))
         check_row_length(data, {"target": self.target})
         check_apart(self.target.path, Path(self.trainer.default_root_dir))
         if self.pad_canvas and data.layout.pack:

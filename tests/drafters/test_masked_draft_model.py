@@ -11,9 +11,9 @@ from torch import Tensor
 
 import specstream.drafters.masked as masked_drafter
 from specstream.drafters import MaskedDraftModel
-from specstream.drafters.masked import BlockCache, look_at_block
+from specstream.drafters.masked import BlockCache, BlockLook, look_at_block
 from specstream.models.pretrained_masked import PretrainedMaskedLM
-from specstream.sampling import Noise, Sampling
+from specstream.sampling import Noise, Role, Sampling, draw, probabilities
 from specstream.structures import Canvas
 from specstream.unmasking import EntropyBound, Factor, StaticSchedule, Threshold
 from tests.masked_toys import MASK, VOCABULARY, characters, masked_lm
@@ -46,15 +46,18 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         masked: Tensor,
         lengths: Tensor,
         cache: BlockCache,
-    ) -> tuple[Tensor, Tensor]:
-        said, eligible = look_at_block(model, tokens, masked, lengths, cache)
-        expected = model(tokens, lengths)
-        torch.testing.assert_close(said[eligible], expected[eligible], rtol=1e-5, atol=1e-4)
+    ) -> BlockLook:
+        found = look_at_block(model, tokens, masked, lengths, cache)
+        rows, columns = found.eligible.nonzero(as_tuple=True)
+        about = rows, found.places[rows, columns]
+        said, expected = found.logits[rows, columns], model(tokens, lengths)[about]
+        torch.testing.assert_close(said, expected, rtol=1e-5, atol=1e-4)
         places = torch.arange(tokens.shape[1])
         lowest = torch.where(masked, places, 10**6).amin(1, keepdim=True) // BLOCK
-        assert torch.equal(eligible, masked & (places // BLOCK == lowest))
-        looks.append(int(eligible.any(1).sum()))
-        return said, eligible
+        asked = masked & (places // BLOCK == lowest)
+        assert torch.equal(torch.stack(about), torch.stack(asked.nonzero(as_tuple=True)))
+        looks.append(int(asked.any(1).sum()))
+        return found
 
     monkeypatch.setattr(masked_drafter, "look_at_block", look)
     yield looks
@@ -156,6 +159,43 @@ def test_a_row_that_waits_costs_its_neighbours_no_reading() -> None:
     cache = draft_model.new_cache(2, 60)
     draft_model.propose(canvas, cache, [2, 2], GREEDY, Noise(0))
     assert max(widths) <= 2 * BLOCK
+
+
+def test_a_step_draws_and_judges_within_its_block_and_not_over_the_canvas(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = copy.deepcopy(masked_lm(block_length=BLOCK))
+    sizes = []
+
+    def watched(probs: Tensor, uniforms: Tensor) -> Tensor:
+        sizes.append(probs.shape)
+        return draw(probs, uniforms)
+
+    monkeypatch.setattr(masked_drafter, "draw", watched)
+    head = model.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, arguments, said: sizes.append(said.shape))
+    canvas = canvases([60, 44, 9], 0.5)
+    draft_model = drafter(model, 1.0)
+    draft_model.propose(canvas, draft_model.new_cache(3, 60), [9, 2, 5], GREEDY, Noise(0))
+    assert len(sizes) == 18 and set(sizes) == {(3, BLOCK, VOCABULARY)}
+
+
+@pytest.mark.parametrize("block_length", [None, BLOCK])
+def test_a_step_draws_with_the_coins_of_the_canvas_from_the_warped_law(
+    block_length: int | None,
+) -> None:
+    model = masked_lm(block_length=block_length, sharpness=5.0)
+    canvas, sampling = canvases([11, 16, 9], 0.8), Sampling(0.7, top_k=3)
+    canvas.drawn = torch.tensor([0, 3, 1])
+    coins = Noise(1).uniform(canvas.prompts, canvas.elements(), Role.DRAFT)
+    logits = model(canvas.tokens, canvas.lengths)
+    draft_model = drafter(model, 1e-9)
+    cache = draft_model.new_cache(3, 16)
+    draft = draft_model.propose(canvas, cache, [1, 1, 1], sampling, Noise(1))
+    expected = draw(probabilities(logits, sampling), coins)
+    assert draft.drafted.sum() > 6
+    assert torch.equal(draft.tokens[draft.drafted], expected[draft.drafted])
+    assert not draft.probs[~draft.drafted].any()
 
 
 @pytest.mark.parametrize("block_length", [None, BLOCK])

@@ -35,6 +35,7 @@ def test_masks_stand_where_a_text_names_them() -> None:
     assert encode("a[MASK]b[MASK:3]c") == CanvasPrompt([EOS, a, MASK, b, *[MASK] * 3, c], None)
     assert encode("[MASK]a") == CanvasPrompt([EOS, MASK, a], None)
     assert encode("[MASK][MASK:2]") == CanvasPrompt([EOS, *[MASK] * 3], None)
+    assert encode("a[MASK:0002]") == CanvasPrompt([EOS, a, MASK, MASK], None)
     assert encode("a<|mask|>b") == CanvasPrompt([EOS, a, MASK, b], None)
 
 
@@ -46,7 +47,14 @@ def test_mask_tokens_of_a_list_are_filled_where_they_are() -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "reason"),
-    [([], "empty"), ("a[MASK:0]b", "no masked token"), ("a[MASK]\ud800", "no text")],
+    [
+        ([], "empty"),
+        ("a[MASK:0]b", "no masked token"),
+        ("a[MASK]\ud800", "no text"),
+        ("a[MASK:99999999999999]", "more masked tokens than 1048576"),
+        (f"a[MASK:{'9' * 5000}]", "more masked tokens than 1048576"),
+        ("a[MASK:1000000]b[MASK:1000000]", "more masked tokens than 1048576"),
+    ],
 )
 def test_what_is_no_canvas_is_refused_in_one_line(prompt: object, reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as caught:

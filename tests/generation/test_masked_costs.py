@@ -14,7 +14,12 @@ from specstream.generation import (
     Limits,
     Sampler,
 )
-from specstream.generation.masked_costs import drafted_costs, nested_costs
+from specstream.generation.masked_costs import (
+    TargetPass,
+    drafted_costs,
+    nested_costs,
+    rounded,
+)
 from tests.masked_toys import characters, masked_lm
 
 
@@ -26,22 +31,24 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_tables_hold_the_lengths_that_may_be_chosen_and_are_stored(cache: Path) -> None:
     target, lengths = masked_lm(), CostModelLength(4, every=2)
-    nested = nested_costs(target, lengths, 1, 20)
+    way = TargetPass(target, target.forward, False, "", 1)
+    nested = nested_costs(way, lengths, 32)
     assert len(nested.verify) == len(nested.draft) == 5
     assert nested.verify[4] > 0 and set(nested.draft) == {0.0}
     drafter = MaskedDraftModel(target, lambda: masked_lm(block_length=4))
-    drafted = drafted_costs(target, drafter, lengths, 2, 1, 20)
+    drafted = drafted_costs(way, drafter, lengths, 32)
     assert 0 < drafted.draft[2] < drafted.draft[4]
     assert drafted.verify[2] == drafted.verify[4]
     assert len(list(cache.iterdir())) == 2
-    assert nested_costs(target, lengths, 1, 24) == nested  # of the same bucket: not measured again
+    assert nested_costs(way, lengths, 32) == nested  # not measured again
+    assert rounded(target, 20) == 32
 
 
 def test_pipelines_whose_steps_are_chosen_measure_what_they_need(cache: Path) -> None:
     target, sampler = masked_lm(), Sampler(limits=Limits(8))
     drafter = MaskedDraftModel(target, lambda: masked_lm(block_length=4))
     pair = DualDiffusionPipeline(
-        target, drafter, characters(), lengths=CostModelLength(2), sampler=sampler
+        target, drafter, characters(), lengths=CostModelLength(2), copies=1, sampler=sampler
     )
     nested = FreeDavePipeline(target, characters(), CostModelLength(2), sampler)
     for pipeline in (pair, nested):
@@ -49,3 +56,10 @@ def test_pipelines_whose_steps_are_chosen_measure_what_they_need(cache: Path) ->
         assert len(found.tokens) <= 8 and pipeline.costs is not None
         assert pipeline.stats.seconds > 0
     assert len(list(cache.iterdir())) == 2
+
+
+def test_a_draft_of_several_copies_has_no_step_of_the_targets_to_count() -> None:
+    target = masked_lm()
+    drafter = MaskedDraftModel(target, lambda: masked_lm(block_length=4))
+    with pytest.raises(ValueError, match="with copies 1 only"):
+        DualDiffusionPipeline(target, drafter, characters(), lengths=CostModelLength(2))

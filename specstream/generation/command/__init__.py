@@ -23,7 +23,7 @@ from specstream.generation.masked_loading import (
     load_masked_run,
 )
 from specstream.models.pretrained_masked import PretrainedMaskedLM
-from specstream.verification import CanvasVerifier, TokenVerifier
+from specstream.verification import CanvasVerifier
 
 
 def run_generation(arguments: list[str]) -> int:
@@ -74,9 +74,9 @@ def make_masked_pipeline(
     for name in ("lookup", "chat"):
         if getattr(options, name):
             wrong(name, "is for causal text, and this is a masked diffusion model")
-    if isinstance(options.verifier, TokenVerifier):
-        wrong("verifier", f"{type(options.verifier).__name__} judges causal text, not canvases")
     canvas = options.canvas
+    if target is not None and canvas.windows != CanvasOptions.windows:
+        wrong("canvas.windows", "is for a run with a self-speculative head")
     how: dict[str, Any] = {
         "sampler": options.sampler,
         "nested_steps": canvas.nested_steps,
@@ -84,6 +84,7 @@ def make_masked_pipeline(
         "lengths": options.draft_length,
         "copies": canvas.copies,
         "max_target_calls": canvas.max_target_calls,
+        "sure": canvas.sure,
         "batch_size": options.batch_size,
         "compile": options.compile,
         "device": device,

@@ -21,10 +21,13 @@ class CanvasOptions:
         unmasking: instead of the schedule, a rule (class_path and init_args), such as Threshold.
         block_tokens: fill from left to right in blocks of so many positions; none: all at once.
         guidance: of classifier-free guidance; 0 is off.
-        nested_steps: verify so many of the schedule's steps in one pass (FreeDave); 0 is off.
+        nested_steps: verify so many of the schedule's steps in one pass (FreeDave); 0 is off.  With
+            `--draft_tokens auto` up to so many.
         copies: canvases that the target scores a draft on; 1 shows it the whole draft.
         windows: passes of the trunk that fill a canvas by self-speculation.
         max_target_calls: after so many passes the rest is filled at once; none: never.
+        sure: the drafter leaves guesses less probable than this to the target; none: as it was
+            built.
     """
 
     steps: int = 32
@@ -36,6 +39,7 @@ class CanvasOptions:
     copies: int = 2
     windows: int = 4
     max_target_calls: int | None = None
+    sure: float | None = None
 
     def __post_init__(self) -> None:
         if self.nested_steps < 0:

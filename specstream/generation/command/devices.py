@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from specstream.generation.base import TextPipeline
 from specstream.generation.command.many_prompts import Job, Progress, decode_batch
 from specstream.generation.costs import stored_costs
-from specstream.generation.dual_diffusion import DualDiffusionPipeline
 from specstream.generation.masked import MaskedPipeline
 from specstream.generation.speculative import SpeculativePipeline
 
@@ -43,9 +42,14 @@ class DecodingModule(L.LightningModule):
         self.pipeline = pipeline
         self.job = job
         self.threads = threads
-        models: list[nn.Module] = [pipeline.target]
-        if isinstance(pipeline, SpeculativePipeline | DualDiffusionPipeline):
-            models.append(pipeline.drafter)
+        if isinstance(pipeline, MaskedPipeline):
+            models = pipeline.models
+            if getattr(getattr(pipeline, "lengths", None), "needs_costs", False):
+                raise ValueError("over several devices give a fixed number of drafted steps")
+        else:
+            models = [pipeline.target]
+            if isinstance(pipeline, SpeculativePipeline):
+                models.append(pipeline.drafter)
         self.models = nn.ModuleList(models)
         self.progress: Progress | None = None
 

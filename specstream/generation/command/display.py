@@ -94,12 +94,12 @@ def report_lines(stats: Stats, comparison: Comparison | None = None) -> list[str
     """Return the table of a run, one line for each number; what does not apply is left out."""
     seconds = stats.seconds or float("nan")
     rows = [
-        ("guarantee", stats.guarantee.value),
+        ("guarantee", guarantee_of(stats)),
         (
             "tokens",
             f"{stats.elements} in {stats.seconds:.2f} s, {stats.elements / seconds:.1f} tokens/s",
         ),
-        ("target calls", f"{stats.target_calls}"),
+        ("target calls", calls_of(stats)),
     ]
     if stats.accepted_length is not None and stats.draft_calls:
         rows.append(("accepted length", f"{stats.accepted_length:.2f} tokens a target call (tau)"))
@@ -117,6 +117,20 @@ def report_lines(stats: Stats, comparison: Comparison | None = None) -> list[str
         rows += comparison_rows(comparison)
     width = max(len(name) for name, _ in rows) + 2
     return [f"{name:<{width}}{value}" for name, value in rows]
+
+
+def guarantee_of(stats: Stats) -> str:
+    """Name what a run promises, and of which law where that is not simply the target's."""
+    own = Stats.__dataclass_fields__["law"].default
+    return stats.guarantee.value + ("" if stats.law == own else f", of {stats.law}")
+
+
+def calls_of(stats: Stats) -> str:
+    """Return the target's calls, and its passes over one row where they are another number."""
+    passes = stats.full_passes
+    if passes is None or passes == stats.target_calls:
+        return f"{stats.target_calls}"
+    return f"{stats.target_calls}, as much work as {passes:.2f} passes over one row"
 
 
 def comparison_rows(comparison: Comparison) -> list[tuple[str, str]]:

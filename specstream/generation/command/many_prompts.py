@@ -161,7 +161,12 @@ def total_stats(parts: list[list[dict[str, Any]]]) -> Stats:
     """Add the counts of all batches; seconds are those of the process that took longest."""
     records = [record for part in parts for record in part]
     first = records[0]
-    total = Stats(first["modality"], Guarantee(first["guarantee"]), quantized=first["quantized"])
+    total = Stats(
+        first["modality"],
+        Guarantee(first["guarantee"]),
+        quantized=first["quantized"],
+        law=first["law"],
+    )
     for field in fields(Stats):
         values = [record[field.name] for record in records]
         if field.type == "list[int]":
@@ -170,6 +175,8 @@ def total_stats(parts: list[list[dict[str, Any]]]) -> Stats:
             setattr(total, field.name, [sum(column) for column in zip(*padded, strict=True)])
         elif field.type == "int":
             setattr(total, field.name, sum(values))
+    if first["full_passes"] is not None:
+        total.full_passes = sum(record["full_passes"] for record in records)
     total.seconds = max(sum(record["seconds"] for record in part) for part in parts)
     return total
 

@@ -129,7 +129,10 @@ class Options:
         """What `draft_tokens` says, else `lengths`."""
         if self.draft_tokens is None:
             return self.lengths
-        return CostModelLength() if self.draft_tokens == "auto" else FixedLength(self.draft_tokens)
+        if self.draft_tokens != "auto":
+            return FixedLength(self.draft_tokens)
+        most = self.canvas.nested_steps
+        return CostModelLength(most) if most else CostModelLength()
 
 
 def make_parser() -> OneLineErrors:
