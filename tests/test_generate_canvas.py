@@ -329,3 +329,16 @@ def test_load_run_takes_masked_runs_too(runs: Path, tmp_path: Path) -> None:
     assert isinstance(load_run(tmp_path, dtype="float32"), AutoregressivePipeline)
     with pytest.raises(TypeError, match="lookup"):
         load_run(runs / "target", lookup=True)
+
+
+def test_windows_are_refused_for_a_target_that_is_spelled_out(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "target.yaml"
+    model = {"class_path": "PretrainedMaskedLM", "init_args": {"path": str(runs / "target/model")}}
+    config.write_text(json.dumps({"target": model}))
+    options = ["--config", str(config), "--prompt", PROMPT]
+    code, _, shown = answer(capsys, *options, "--canvas.windows", "2")
+    assert code == 2
+    assert shown == "config error: canvas.windows: is for a run with a self-speculative head\n"
+    assert answer(capsys, *options)[0] == 0

@@ -57,18 +57,25 @@ class MaskedModels:
         self.processor = TextProcessor.from_pretrained(target)
         self._drafters: dict[str, CanvasDrafter] = {}
 
-    def drafter(self, run: str, unmasking: Unmasking | None) -> CanvasDrafter:
-        """Return the drafter of a run folder, as it was trained or under another unmasking."""
+    def drafter(
+        self, run: str, unmasking: Unmasking | None, sure: float | None = None
+    ) -> CanvasDrafter:
+        """Return the drafter of a run folder, as it was trained or under other options."""
         if run not in self._drafters:
             folder = draft_folder(run)
             loaded = load_canvas_drafter(folder, self.target, self.dtype, device=self.place)
             self._drafters[run] = loaded.to(self.place)
         drafter = self._drafters[run]
-        if unmasking is None:
+        if unmasking is None and sure is None:
             return drafter
         if not isinstance(drafter, MaskedDraftModel):
-            raise ValueError(f"the {type(drafter).__name__} of '{run}' takes no draft_unmasking")
-        return MaskedDraftModel(self.target, lambda: drafter.model, unmasking)
+            raise ValueError(f"the {type(drafter).__name__} of '{run}' takes no options of its own")
+        return MaskedDraftModel(
+            self.target,
+            lambda: drafter.model,
+            unmasking if unmasking is not None else drafter.unmasking,
+            sure if sure is not None else drafter.sure,
+        )
 
     def self_speculative(
         self, run: str, num_windows: int, speculate: bool, filling: Filling
@@ -214,6 +221,7 @@ class DraftAndVerify(MaskedMethod):
         copies: of the canvas on which a draft is scored; 1 shows it whole.
         unmasking: which positions the target fills in steps of its own.
         draft_unmasking: which positions a step of the drafter fills; null is the drafter's own.
+        sure: guesses of the drafter less probable are left to the target; null is its own.
         max_target_calls: after so many the rest is filled at once.
         tasks: names of the tasks it is for; null for all.
     """
@@ -225,6 +233,7 @@ class DraftAndVerify(MaskedMethod):
     copies: int = 1
     unmasking: Unmasking = field(default_factory=lambda: Threshold(0.9))
     draft_unmasking: Unmasking | None = None
+    sure: float | None = None
     max_target_calls: int | None = None
     tasks: list[str] | None = None
     kind = "draft and verify"
@@ -235,7 +244,7 @@ class DraftAndVerify(MaskedMethod):
     def pipeline(self, models: MaskedModels, filling: Filling) -> MaskedPipeline:
         return DualDiffusionPipeline(
             models.target,
-            models.drafter(self.run, self.draft_unmasking),
+            models.drafter(self.run, self.draft_unmasking, self.sure),
             models.processor,
             self.verifier,
             self.lengths,
