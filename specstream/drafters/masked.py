@@ -151,7 +151,8 @@ class MaskedDraftModel(CanvasDrafter):
 
     def save(self, folder: Path, processor: TextProcessor) -> dict[str, Any]:
         self.model.save(folder, processor.tokenizer)
-        return {"class_path": "specstream.drafters.MaskedDraftModel", "init_args": {"model": "."}}
+        arguments = {"model": ".", "sure": self.sure}
+        return {"class_path": "specstream.drafters.MaskedDraftModel", "init_args": arguments}
 
 
 def look_at_block(

@@ -99,9 +99,8 @@ class Sampler:
     def __post_init__(self) -> None:
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance must be 0 (off) or positive, got {self.guidance}")
-        size, room = self.block_tokens, self.limits.max_new_tokens
-        if size is not None and (size < 1 or room % size):
-            raise ValueError(f"block_tokens {size} does not divide max_new_tokens {room}")
+        if self.block_tokens is not None and self.block_tokens < 1:
+            raise ValueError(f"block_tokens must be at least 1, not {self.block_tokens}")
         if self.sampling.needs_history:
             raise ValueError("a repetition penalty has no meaning where text is not left to right")
         if self.limits.stop:
@@ -203,6 +202,9 @@ class MaskedPipeline(Pipeline):
     def encode(self, prompt: Prompt) -> CanvasPrompt:
         """Return a prompt's canvas; ValueError for one that this pipeline cannot fill."""
         canvas = encode_canvas(self.processor, prompt, self.target.mask_id, self.sampler.limits)
+        size, masks = self.sampler.block_tokens, self.sampler.limits.max_new_tokens
+        if size is not None and canvas.continued is not None and masks % size:
+            raise ValueError(f"block_tokens {size} does not divide max_new_tokens {masks}")
         outside = [t for t in canvas.tokens if not 0 <= t < self.target.vocab_size]
         if outside:
             raise ValueError(

@@ -45,6 +45,11 @@ class HeldOutFilling:
         if self.num_prompts < 1:
             raise ValueError(f"num_prompts must be at least 1, got {self.num_prompts}")
         self.sampler()  # what it refuses is refused here
+        if self.block_tokens is not None and self.max_new_tokens % self.block_tokens:
+            raise ValueError(
+                f"block_tokens {self.block_tokens} does not divide max_new_tokens "
+                f"{self.max_new_tokens}"
+            )
 
     def sampler(self) -> Sampler:
         """Return how the canvases are filled."""

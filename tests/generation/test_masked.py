@@ -251,8 +251,7 @@ def test_what_cannot_be_sampled_is_refused_in_one_line() -> None:
     lm, processor = masked_lm(max_positions=16), characters()
     for options, reason in (
         ({"guidance": -1.0}, "guidance"),
-        ({"block_tokens": 3, "limits": Limits(8)}, "does not divide"),
-        ({"block_tokens": 0}, "does not divide"),
+        ({"block_tokens": 0}, "block_tokens must be at least 1"),
         ({"sampling": Sampling(repetition_penalty=1.1)}, "penalty"),
         ({"limits": Limits(stop=("a",))}, "stop"),
     ):
@@ -266,6 +265,10 @@ def test_what_cannot_be_sampled_is_refused_in_one_line() -> None:
     for prompt, reason in (("abcdeabcde", "context of 16"), ([99], "outside"), ([], "empty")):
         with pytest.raises(ValueError, match=reason):
             sampled.complete([prompt])
+    thirds = MaskedPipeline(lm, processor, Sampler(block_tokens=3, limits=Limits(8)))
+    with pytest.raises(ValueError, match="3 does not divide max_new_tokens 8"):
+        thirds.complete(["ab"])
+    assert len(thirds.complete(["ab[MASK:4]"])[0].tokens) == 4  # masks of its own: no matter
     with pytest.raises(ValueError, match="different indices"):
         sampled.complete(["a", "b"], indices=[1, 1])
     assert sampled.complete([]) == []
