@@ -42,6 +42,8 @@ def fresh_model(
             raise ValueError(f"{name} must be at least 1, not {value}")
     if hidden_size % num_heads:
         raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
+    if num_heads % (num_kv_heads or num_heads):
+        raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
     try:
         config = AutoConfig.for_model(
             architecture,

@@ -22,11 +22,13 @@ from specstream.models.cache import SlotCache
 from specstream.models.fresh import fresh_model
 from specstream.models.masked_weights import load_masked_model
 from specstream.models.saving import save_model
+from specstream.models.supported import refuse_unsupported
 from specstream.models.weights import load_model, resolve_dtype
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+PROBE = 4  # tokens on which a network is tried
 FORM = "masked_diffusion"  # the key of config.json that says how a network is meant
 
 
@@ -93,6 +95,26 @@ class PretrainedMaskedLM(nn.Module):
         self.vocab_size: int = model.config.vocab_size
         self.num_layers: int = model.config.num_hidden_layers
         self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Raise ValueError where the network cannot be run under a mask of our own."""
+        refuse_unsupported(self.config)
+        kind = self.config.model_type
+        tokens = torch.zeros(2, PROBE, dtype=torch.long, device=self.device)
+        tokens[1, -1] = 1 % self.vocab_size
+        seen = torch.ones(2, 1, PROBE, PROBE, dtype=torch.bool, device=self.device)
+        places = torch.arange(PROBE, device=self.device).expand(2, -1)
+        training = self.training
+        try:
+            first, other = self.eval().hidden(tokens, seen, places)[:, 0]
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"model type {kind!r} cannot be run under a mask that is not causal"
+            ) from error
+        self.train(training)
+        if self.vocab_size > 1 and torch.equal(first, other):
+            raise ValueError(f"model type {kind!r} does not look to the right under any mask")
 
     @property
     def mask_id(self) -> int:
@@ -249,6 +271,7 @@ class UntrainedMaskedLM(PretrainedMaskedLM):
             seed,
         )
         self._adopt(model, MaskedForm(mask_id, block_length))
+        self._check()
 
 
 class MaskedFromCausal(PretrainedMaskedLM):
@@ -270,6 +293,7 @@ class MaskedFromCausal(PretrainedMaskedLM):
         self.path = ""
         model = load_model(path, torch.float32, attn_implementation)
         self._adopt(model, MaskedForm(None, block_length, shifted))
+        self._check()
 
     def grow(self, vocab_size: int) -> None:
         """Make room for `vocab_size` tokens at least; the new rows are drawn as fresh ones are."""

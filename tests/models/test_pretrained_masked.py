@@ -257,3 +257,17 @@ def test_forms_and_layers_that_cannot_be_are_refused() -> None:
         UntrainedMaskedLM(
             VOCABULARY, 16, 24, 1, 2, architecture="gemma2", attn_implementation="eager"
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"architecture": "bert"}, "'bert' does not work with a static key-value cache"),
+        ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+    ],
+)
+def test_a_network_that_cannot_be_masked_is_refused_in_one_line(
+    options: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        UntrainedMaskedLM(16, 32, 48, 1, 4, max_positions=32, mask_id=1, **options)  # type: ignore[arg-type]
