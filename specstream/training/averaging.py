@@ -77,6 +77,11 @@ class WeightAveraging(L.Callback):
         """
         self.swap(pl_module)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Do what the end of training does, where a resumed run had no step left to train."""
+        if not self.swapped:
+            self.swap(pl_module)
+
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:

@@ -48,6 +48,21 @@ def test_the_average_follows_its_recursion_and_is_what_a_checkpoint_shows() -> N
     assert float(checkpoint[OPTIMIZED]["weight"]) == 4
 
 
+@pytest.mark.parametrize("steps_left", [False, True])
+def test_what_is_exported_is_the_average_also_where_no_step_was_left(steps_left: bool) -> None:
+    module, averaging = Scalar(), WeightAveraging()
+    stage = cast("tuple[L.Trainer, L.LightningModule]", (SimpleNamespace(global_step=3), module))
+    checkpoint = {
+        "state_dict": {"weight": torch.tensor(2.0)},
+        OPTIMIZED: {"weight": torch.tensor(7.0)},
+    }
+    averaging.on_load_checkpoint(*stage, checkpoint)
+    if steps_left:
+        averaging.on_train_end(*stage)
+    averaging.on_fit_end(*stage)
+    assert float(module.weight.detach()) == 2.0
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
     with pytest.raises(ValueError, match="decay must be in"):
