@@ -87,28 +87,8 @@ class StaticSchedule(Unmasking):
         coins: Tensor,
     ) -> Tensor:
         """Return the first of the masked positions, as many as are due in this step."""
-        return self.nested_choices(probs, tokens, masked, step, total, coins, 1)[:, 0]
-
-    def nested_choices(
-        self,
-        probs: Tensor,
-        tokens: Tensor,
-        masked: Tensor,
-        step: Tensor,
-        total: Tensor,
-        coins: Tensor,
-        num_drafts: int,
-    ) -> Tensor:
-        """Return what 1 to `num_drafts` further steps would reveal together (B, num_drafts, C).
-
-        The drafts of FreeDave (arXiv 2510.00294): what the schedule does as long as the
-        predictions stay what they are.  Each set contains the one before it; when no mask is
-        left the rest are equal.  The arguments are those of `choose`, whose answer is the first.
-        """
-        ahead = torch.arange(num_drafts, device=step.device)
-        due = self._num_due(step[:, None] + ahead, total[:, None]).cumsum(-1)  # (B, num_drafts)
         _, ranks = _in_order(_precedence(self.order, probs, tokens, coins), masked)
-        return masked[:, None] & (ranks[:, None] < due[:, :, None])
+        return masked & (ranks < self._num_due(step, total)[:, None])
 
     def _num_due(self, step: Tensor, total: Tensor) -> Tensor:
         """Return how many positions are revealed in `step` of a block that held `total` masks.

@@ -176,25 +176,6 @@ def test_a_static_schedule_reveals_equal_shares_and_then_has_no_mask_left(
     assert torch.equal(shares, shares.sort(-1, descending=True).values)  # the larger ones first
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("num_steps", [1, 3, 5, 20])
-def test_nested_choices_are_those_of_steps_whose_predictions_do_not_change(
-    num_steps: int, order: str
-) -> None:
-    batch = canvas(rows=40, seed=5)
-    rule = StaticSchedule(num_steps, order)  # type: ignore[arg-type]
-    nested = rule.nested_choices(*batch.arguments(), num_drafts=12)
-    assert nested.shape == (40, 12, 9)
-    assert torch.equal(nested[:, 0], batch.choose(rule))
-    left, step = batch.masked, batch.step
-    for k in range(12):
-        chosen = rule.choose(batch.probs, batch.tokens, left, step, batch.total, batch.coins)
-        left, step = left & ~chosen, step + 1
-        assert torch.equal(nested[:, k], batch.masked & ~left)
-    assert not (nested[:, :-1] & ~nested[:, 1:]).any()  # each set contains the one before
-    assert torch.equal(nested[:, -1], batch.masked)  # and they end with all of the masks
-
-
 def test_a_random_order_is_that_of_the_coins_alone() -> None:
     batch, other = canvas(seed=6), canvas(seed=7)
     rule = StaticSchedule(4, "random")

@@ -20,7 +20,7 @@ from specstream.benchmark.rows import Machine, Row, describe_machine
 from specstream.benchmark.runners import Decoding
 from specstream.benchmark.speed import Rounds
 from specstream.benchmark.speed_rows import Result
-from specstream.benchmark.study import Study, say
+from specstream.benchmark.study import Study, check_names, say
 from specstream.benchmark.timing import Plan, alternate
 from specstream.generation import Limits
 from specstream.generation.loading import find_device
@@ -97,7 +97,7 @@ class DrafterStudy(Study):
     def check(self) -> None:
         if min(self.num_prompts, self.repeats) < 1 or self.warmups < 0:
             raise ValueError("num_prompts and repeats must be at least 1 and warmups at least 0")
-        self._check_names()
+        check_names(self.tasks, self.methods, self.only_tasks, self.only_methods)
         for task in self._tasks:
             task.check()
             for method in self._asked(task):
@@ -111,22 +111,6 @@ class DrafterStudy(Study):
             if not self._methods(task):
                 raise ValueError(f"task '{task.name}': no method is left to measure")
         find_device(self.device)
-
-    def _check_names(self) -> None:
-        tasks, methods = [t.name for t in self.tasks], [m.name for m in self.methods]
-        asked = [*(self.only_tasks or []), *(t for m in self.methods for t in m.tasks or [])]
-        for wanted, known, what in (
-            (asked, tasks, "task"),
-            (self.only_methods or [], methods, "method"),
-        ):
-            unknown = [name for name in wanted if name not in known]
-            if unknown:
-                raise ValueError(f"there is no {what} '{unknown[0]}'; there are {', '.join(known)}")
-        for task in self.tasks:
-            names = [m.name for m in self.methods if m.tasks is None or task.name in m.tasks]
-            twice = [name for name in names if names.count(name) > 1]
-            if twice:
-                raise ValueError(f"task '{task.name}' has two methods named '{twice[0]}'")
 
     @property
     def _tasks(self) -> list[JudgedTask]:

@@ -28,13 +28,13 @@ from specstream.benchmark.pair import is_model
 from specstream.benchmark.rows import Machine, Row, describe_machine
 from specstream.benchmark.speed import Rounds
 from specstream.benchmark.speed_rows import describe
-from specstream.benchmark.study import Study, say
+from specstream.benchmark.study import Study, check_names, say
 from specstream.benchmark.timing import Plan, alternate
 from specstream.generation import Limits
 from specstream.generation.loading import find_device
 from specstream.metrics import Solved, TextQuality
 from specstream.models.masked_weights import HUB_NETWORKS
-from specstream.models.pretrained_masked import FORM
+from specstream.models.supported import FORM
 from specstream.sampling import Sampling
 
 
@@ -132,7 +132,7 @@ class MaskedStudy(Study):
             raise ValueError(
                 "num_prompts, repeats and batch_size must be at least 1 and warmups at least 0"
             )
-        self._check_names()
+        check_names(self.tasks, self.methods, self.only_tasks, self.only_methods)
         for task in self._asked_tasks:
             reason = task.missing()
             self._leave_out(reason)
@@ -159,22 +159,6 @@ class MaskedStudy(Study):
             raise ValueError(f"{reason} (skip_missing: true leaves it out)")
         if reason is not None:
             say(f"left out: {where}{reason}")
-
-    def _check_names(self) -> None:
-        tasks, methods = [t.name for t in self.tasks], [m.name for m in self.methods]
-        asked = [*(self.only_tasks or []), *(t for m in self.methods for t in m.tasks or [])]
-        for wanted, known, what in (
-            (asked, tasks, "task"),
-            (self.only_methods or [], methods, "method"),
-        ):
-            unknown = [name for name in wanted if name not in known]
-            if unknown:
-                raise ValueError(f"there is no {what} '{unknown[0]}'; there are {', '.join(known)}")
-        for task in self.tasks:
-            names = [m.name for m in self.methods if m.tasks is None or task.name in m.tasks]
-            twice = [name for name in names if names.count(name) > 1]
-            if twice:
-                raise ValueError(f"task '{task.name}' has two methods named '{twice[0]}'")
 
     @property
     def _asked_tasks(self) -> list[MaskedTask]:

@@ -298,7 +298,7 @@ class StepRow:
     drafter_parameters: int
     target_seconds: float
     uncached_seconds: float  # the drafter's network, the whole canvas read again
-    drafter_seconds: float  # one block of it, the others cached
+    drafter_seconds: float  # a whole step in one block, the others cached
     ratio: float  # target over drafter
     machine: Machine
 

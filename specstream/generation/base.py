@@ -86,9 +86,7 @@ class TextPipeline(Pipeline):
         prompt, or one that leaves no room in the model's context.
         """
         encoded = [self.encode(prompt) for prompt in prompts]
-        numbers = list(range(len(encoded))) if indices is None else list(indices)
-        if len(set(numbers)) != len(encoded):
-            raise ValueError(f"{len(encoded)} prompts need as many different indices: {numbers}")
+        numbers = numbered(len(encoded), indices)
         self.stats = self._new_stats()
         self.stats.prompts = len(encoded)
         self.prepare()
@@ -120,12 +118,7 @@ class TextPipeline(Pipeline):
         tokens = self.processor.encode(prompt, self.chat)
         if not tokens:
             raise ValueError("a prompt is empty, and the tokenizer starts a text with no token")
-        outside = [t for t in tokens if not 0 <= t < self.target.vocab_size]
-        if outside:
-            raise ValueError(
-                f"a prompt holds token {outside[0]}, outside the target's vocabulary of "
-                f"{self.target.vocab_size}"
-            )
+        check_vocabulary(tokens, self.target.vocab_size)
         room = self.target.max_positions
         if room is not None and len(tokens) + self.limits.max_new_tokens > room:
             raise ValueError(
@@ -180,6 +173,23 @@ class TextPipeline(Pipeline):
         )
         cache = self.target.new_cache(len(prompts), capacity)
         yield from self._decode(batch, cache, noise)
+
+
+def numbered(num_prompts: int, indices: Sequence[int] | None) -> list[int]:
+    """Return the numbers that key the noise of prompts; ValueError where two are the same."""
+    numbers = list(range(num_prompts)) if indices is None else list(indices)
+    if len(set(numbers)) != num_prompts:
+        raise ValueError(f"{num_prompts} prompts need as many different indices: {numbers}")
+    return numbers
+
+
+def check_vocabulary(tokens: Sequence[int], vocab_size: int) -> None:
+    """Raise ValueError for a prompt with a token that the target does not know."""
+    outside = [token for token in tokens if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(
+            f"a prompt holds token {outside[0]}, outside the target's vocabulary of {vocab_size}"
+        )
 
 
 def prefill(

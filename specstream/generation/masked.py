@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specstream.generation.base import Pipeline, Prompt
+from specstream.generation.base import Pipeline, Prompt, check_vocabulary, numbered
 from specstream.generation.batch import Limits
 from specstream.generation.canvases import (
     CanvasPrompt,
@@ -161,9 +161,7 @@ class MaskedPipeline(Pipeline):
         Raises ValueError for a prompt without room in the model's context.
         """
         encoded = [self.encode(prompt) for prompt in prompts]
-        numbers = list(range(len(encoded))) if indices is None else list(indices)
-        if len(set(numbers)) != len(encoded):
-            raise ValueError(f"{len(encoded)} prompts need as many different indices: {numbers}")
+        numbers = numbered(len(encoded), indices)
         self.stats = self._new_stats()
         self.stats.prompts = len(encoded)
         self.prepare(max((len(canvas.tokens) for canvas in encoded), default=0))
@@ -205,12 +203,7 @@ class MaskedPipeline(Pipeline):
         size, masks = self.sampler.block_tokens, self.sampler.limits.max_new_tokens
         if size is not None and canvas.continued is not None and masks % size:
             raise ValueError(f"block_tokens {size} does not divide max_new_tokens {masks}")
-        outside = [t for t in canvas.tokens if not 0 <= t < self.target.vocab_size]
-        if outside:
-            raise ValueError(
-                f"a prompt holds token {outside[0]}, outside the target's vocabulary of "
-                f"{self.target.vocab_size}"
-            )
+        check_vocabulary(canvas.tokens, self.target.vocab_size)
         room = self.target.max_positions
         if room is not None and len(canvas.tokens) > room:
             raise ValueError(
@@ -363,6 +356,8 @@ class MaskedPipeline(Pipeline):
             self.stats.elements += len(step.filled)
             open_rows -= {row} if step.finished else set()
             steps.append(step)
+        if not any(step.filled or step.drafted for step in steps):
+            raise ValueError("no position can be filled: the model's logits are no numbers")
         return steps
 
 

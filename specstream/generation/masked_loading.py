@@ -17,8 +17,9 @@ from specstream.generation.lengths import DraftLength, FixedLength
 from specstream.generation.loading import QUANTIZED, TOKENIZER_FILES, find_device
 from specstream.generation.masked import MaskedPipeline, Sampler
 from specstream.generation.self_speculative_pipeline import SelfSpeculativePipeline
-from specstream.models.pretrained_masked import FORM, PretrainedMaskedLM
+from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.models.quantization import quantize
+from specstream.models.supported import FORM
 from specstream.processors import TextProcessor
 from specstream.unmasking import StaticSchedule
 from specstream.verification import CanvasVerifier, TokenVerifier

@@ -137,6 +137,14 @@ def attention_mask(
     return mask[:, None]
 
 
+def as_attention_reads(mask: Tensor, attn_implementation: str, dtype: torch.dtype) -> Tensor:
+    """Return a bool mask as `transformers` wants it: eager adds it to the scores, sdpa takes it."""
+    if attn_implementation != "eager":
+        return mask
+    lowest = torch.finfo(dtype).min
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, lowest)
+
+
 def bucket(length: int, capacity: int) -> int:
     """Round a filled length up to the slots that a pass reads, at most `capacity`."""
     return min(-(-length // VIEW_STEP) * VIEW_STEP, capacity)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from specstream.models.cache import as_attention_reads
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -121,9 +123,7 @@ def _check(model: PreTrainedModel, decoder: Decoder) -> None:
     tokens = torch.arange(PROBE, device=device)[None] % model.config.get_text_config().vocab_size
     places = torch.arange(PROBE, device=device)[None]
     mask = (places[0][:, None] >= places[0])[None, None]  # (1, 1, T, T)
-    if model.config._attn_implementation == "eager":
-        lowest = torch.finfo(model.dtype).min
-        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, lowest)
+    mask = as_attention_reads(mask, model.config._attn_implementation, model.dtype)
     try:
         hidden = decoder.embed(tokens, places)
         told = decoder.told(hidden, places)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from specstream.models.weights import first_line
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -265,8 +267,3 @@ def _mask_id(found: Mapping[str, Any], default: int, vocab_size: int) -> int:
             f"mask_token_id in config.json must be one of {vocab_size} tokens, not {value!r}"
         )
     return value
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says, without the advice that follows it."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

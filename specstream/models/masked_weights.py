@@ -13,11 +13,11 @@ from specstream.models.lora import base_of
 from specstream.models.masked_hub import (
     HubNetwork,
     dream_network,
-    first_line,
     llada_network,
     load_network,
 )
-from specstream.models.weights import ATTENTIONS, load_model
+from specstream.models.supported import FORM
+from specstream.models.weights import check_attention, first_line, is_hub_id, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,10 +42,7 @@ def load_masked_model(
     are loaded from theirs (see masked_hub).  Raises ValueError in one line, before any weight is
     read where the config shows it.
     """
-    if attn_implementation not in ATTENTIONS:
-        raise ValueError(
-            f"attn_implementation {attn_implementation!r} is not one of {', '.join(ATTENTIONS)}"
-        )
+    check_attention(attn_implementation)
     found = _config_of(path)
     if found is None:  # there is no model, and this says why
         return load_model(path, dtype, attn_implementation), {}
@@ -73,8 +70,7 @@ def _config_of(path: str) -> dict[str, Any] | None:
     base = base_of(folder)
     if base is not None:
         return None if Path(base).resolve() == folder.resolve() else _config_of(base)
-    is_hub_id = not path.startswith((".", "/")) and path.count("/") == 1
-    if not (folder / "config.json").is_file() and (folder.is_dir() or not is_hub_id):
+    if not (folder / "config.json").is_file() and (folder.is_dir() or not is_hub_id(path)):
         return None
     try:
         with open(cached_file(path, "config.json"), encoding="utf-8") as text:
@@ -90,7 +86,7 @@ def _form_of(found: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Return the fields that a folder of this project holds; ValueError for any other model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if "masked_diffusion" not in found:
+    if FORM not in found:
         kind = found.get("model_type")
         if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(
@@ -101,7 +97,7 @@ def _form_of(found: Mapping[str, Any], path: str) -> dict[str, Any]:
             f"{path!r} is a causal language model, not a masked diffusion one (its config.json has "
             "no masked_diffusion)"
         )
-    form = found["masked_diffusion"]
+    form = found[FORM]
     if (
         not isinstance(form, dict)
         or form.keys() != FORM_FIELDS.keys()

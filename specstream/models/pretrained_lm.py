@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from specstream.models.cache import NodeTree, SlotCache, attention_mask
+from specstream.models.cache import NodeTree, SlotCache, as_attention_reads, attention_mask
 from specstream.models.decoder import Decoder, find_decoder
 from specstream.models.fresh import fresh_model
 from specstream.models.saving import save_model
-from specstream.models.supported import layer_windows, refuse_unsupported
+from specstream.models.supported import FORM, layer_windows, refuse_unsupported
 from specstream.models.weights import load_model, resolve_dtype
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class PretrainedLM(nn.Module):
 
     def _adopt(self, model: PreTrainedModel) -> None:
         refuse_unsupported(model.config)
-        if getattr(model.config, "masked_diffusion", None) is not None:
+        if getattr(model.config, FORM, None) is not None:
             raise ValueError(
                 f"{self.path!r} is a masked diffusion model, not a causal one: load it as "
                 "PretrainedMaskedLM"
@@ -186,11 +186,7 @@ class PretrainedLM(nn.Module):
         return masks[self.config.layer_types[index]] if isinstance(masks, dict) else masks
 
     def _as_attention_reads(self, mask: Tensor) -> Tensor:
-        """Eager attention of `transformers` adds its mask to the scores; sdpa takes a bool one."""
-        if self.config._attn_implementation != "eager":
-            return mask
-        hidden = torch.finfo(self.dtype).min
-        return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, hidden)
+        return as_attention_reads(mask, self.config._attn_implementation, self.dtype)
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade recomputation for activation memory in training."""

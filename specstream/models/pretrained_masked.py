@@ -18,18 +18,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from specstream.models.cache import SlotCache
+from specstream.models.cache import SlotCache, as_attention_reads
 from specstream.models.fresh import fresh_model
 from specstream.models.masked_weights import load_masked_model
 from specstream.models.saving import save_model
-from specstream.models.supported import refuse_unsupported
+from specstream.models.supported import FORM, refuse_unsupported
 from specstream.models.weights import load_model, resolve_dtype
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PROBE = 4  # tokens on which a network is tried
-FORM = "masked_diffusion"  # the key of config.json that says how a network is meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +221,7 @@ class PretrainedMaskedLM(nn.Module):
         return before if positions is None else hidden.where((positions == 0)[..., None], before)
 
     def _as_attention_reads(self, mask: Tensor) -> Tensor:
-        """Eager attention of `transformers` adds its mask to the scores; sdpa takes a bool one."""
-        if self.config._attn_implementation != "eager":
-            return mask
-        lowest = torch.finfo(self.dtype).min
-        return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, lowest)
+        return as_attention_reads(mask, self.config._attn_implementation, self.dtype)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write a `transformers` folder in bfloat16 whose config.json says how it is meant."""

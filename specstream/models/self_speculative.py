@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from specstream.models.block_layers import RMSNorm
+from specstream.models.cache import as_attention_reads
 from specstream.models.decoder import find_decoder
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 
@@ -102,10 +103,7 @@ class SelfSpeculativeHead(nn.Module):
         """Return the causal mask (1, 1, K, K) as the layer's attention reads it."""
         steps = torch.arange(hidden.shape[1], device=hidden.device)
         mask = (steps[:, None] >= steps)[None, None]
-        if self.config._attn_implementation != "eager":
-            return mask
-        lowest = torch.finfo(hidden.dtype).min
-        return torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, lowest)
+        return as_attention_reads(mask, self.config._attn_implementation, hidden.dtype)
 
 
 def relative_cost(trunk: PretrainedMaskedLM, head: SelfSpeculativeHead) -> float:

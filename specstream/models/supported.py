@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+FORM = "masked_diffusion"  # the key of config.json that says how a masked network is meant
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 

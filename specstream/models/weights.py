@@ -34,6 +34,17 @@ def runs_on_gpu(device: str) -> bool:
     return device != "cpu" and torch.cuda.is_available()
 
 
+def check_attention(name: str) -> None:
+    """Raise ValueError for an implementation of attention that takes no mask of our own."""
+    if name not in ATTENTIONS:
+        raise ValueError(f"attn_implementation {name!r} is not one of {', '.join(ATTENTIONS)}")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path that is no folder may name a model of the hub."""
+    return not path.startswith((".", "/")) and path.count("/") == 1
+
+
 def load_model(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
     """Load a causal LM from a folder or hub id; one ValueError line for whatever goes wrong.
 
@@ -42,12 +53,9 @@ def load_model(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTr
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if attn_implementation not in ATTENTIONS:
-        raise ValueError(
-            f"attn_implementation {attn_implementation!r} is not one of {', '.join(ATTENTIONS)}"
-        )
+    check_attention(attn_implementation)
     folder = Path(path)
-    if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") != 1):
+    if not folder.is_dir() and not is_hub_id(path):
         raise ValueError(f"no model folder at {path!r}")
     base = base_of(folder)
     if base is not None:
@@ -57,7 +65,7 @@ def load_model(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTr
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"cannot load a model from {path!r}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load a model from {path!r}: {first_line(error)}") from error
     refuse_unsupported(config)
     try:
         with _without_progress_bars(folder.is_dir()):
@@ -65,7 +73,7 @@ def load_model(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTr
                 path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
             )
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot load a model from {path!r}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load a model from {path!r}: {first_line(error)}") from error
     if report["missing_keys"]:  # transformers would draw them at random and warn
         missing = sorted(report["missing_keys"])
         raise ValueError(
@@ -105,5 +113,6 @@ def _without_progress_bars(quiet: bool) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an error says, without the advice that follows it."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

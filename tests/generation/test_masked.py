@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specstream.generation import MaskedPipeline, Sampler
+from specstream.generation import FreeDavePipeline, MaskedPipeline, Sampler
 from specstream.generation.batch import Limits
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.sampling import Sampling
@@ -273,3 +273,15 @@ def test_what_cannot_be_sampled_is_refused_in_one_line() -> None:
         sampled.complete(["a", "b"], indices=[1, 1])
     assert sampled.complete([]) == []
     assert replace(sampled.sampler, guidance=1.0).guidance == 1.0
+
+
+def test_logits_that_are_no_numbers_end_in_one_line() -> None:
+    lm = copy.deepcopy(masked_lm())
+    lm.model.model.norm.weight.data.fill_(torch.nan)
+    for unmasking in (StaticSchedule(4), Threshold(0.9)):
+        broken = MaskedPipeline(lm, characters(), Sampler(unmasking, limits=Limits(8)))
+        with pytest.raises(ValueError, match="logits are no numbers"):
+            broken.complete(["ab"])
+    nested = FreeDavePipeline(lm, characters(), sampler=Sampler(limits=Limits(8)))
+    with pytest.raises(ValueError, match="logits are no numbers"):
+        nested.complete(["ab"])
