@@ -12,6 +12,7 @@ tensor's value decides the control flow.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -166,6 +167,7 @@ class Role(IntEnum):
     CORRECT = 2  # which token replaces it, or follows the last
     ORDER = 3  # which position of a canvas comes first
     MASK = 4  # which positions a training example hides
+    START = 5  # the state of noise that a sample is denoised from
 
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -218,6 +220,22 @@ class Noise:
         self.seed = seed
         self.keys = torch.tensor([_signed(key) for key in keys], device=device)  # (R,)
 
+    def normal(self, prompts: Tensor, elements: Tensor, shape: Sequence[int], role: Role) -> Tensor:
+        """Return standard normal numbers, float64 (*elements.shape, *shape), one field an element.
+
+        prompts (B,) and elements (B, ...) as in `uniform`; by Box and Muller (1958).
+        """
+        counters = _counters(prompts, elements)
+        words = _mix(counters + self.keys[int(role)])
+        size = math.prod(shape)
+        places = torch.arange(2 * ((size + 1) // 2), device=words.device) * _signed(_GOLDEN)
+        bits = _shift(_mix(words[..., None] + places + _signed(_MIX[0])), 11)
+        first, second = (bits.to(torch.float64) * 2.0**-53).chunk(2, dim=-1)
+        radius = (-2 * torch.log1p(-first)).sqrt()  # of 1 - u, which is never 0
+        angle = 2 * math.pi * second
+        fields = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)
+        return fields[..., :size].reshape(*elements.shape, *shape)
+
     def uniform(self, prompts: Tensor, elements: Tensor, role: Role) -> Tensor:
         """Return float64 numbers in [0, 1) of the shape of `elements`.
 
@@ -228,7 +246,11 @@ class Noise:
 
 def _uniform(keys: Tensor, prompts: Tensor, elements: Tensor) -> Tensor:
     """Return the number in [0, 1) with 53 random bits for each key and counter."""
-    high = (prompts << 32).view(-1, *[1] * (elements.dim() - 1))
-    counters = (high + elements) * _signed(_GOLDEN)  # one counter for each (prompt, element)
-    bits = _shift(_mix(counters + keys), 11)
+    bits = _shift(_mix(_counters(prompts, elements) + keys), 11)
     return bits.to(torch.float64) * 2.0**-53
+
+
+def _counters(prompts: Tensor, elements: Tensor) -> Tensor:
+    """Return a word for each (prompt, element), of the shape of `elements`."""
+    high = (prompts << 32).view(-1, *[1] * (elements.dim() - 1))
+    return (high + elements) * _signed(_GOLDEN)

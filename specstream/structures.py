@@ -1,7 +1,7 @@
 """The records that every layer speaks in: drafts, verdicts, steps, statistics and guarantees.
 
-Shapes: B batch rows, K drafted elements, V vocabulary.  Nothing here computes; nothing here
-imports more than torch.
+Shapes: B batch rows, K drafted elements, V vocabulary, S a state of denoising.  Nothing here
+computes; nothing here imports more than torch.
 """
 
 from __future__ import annotations
@@ -69,6 +69,61 @@ class TokenDraft:
     # (B, K) parent node, -1 for the last committed token; None: a chain
     parents: Tensor | None = None
     height: int | None = None  # nodes on a tree's longest path; None: a chain, K
+
+
+@dataclass(frozen=True, slots=True)
+class StateDraft:
+    """K drafted denoising steps: the states, and the Gaussian each was drawn from."""
+
+    states: Tensor  # (B, K, *S)
+    means: Tensor  # (B, K, *S)
+    lengths: Tensor  # (B,) how many of the K are real in each row
+
+
+@dataclass(frozen=True, slots=True)
+class StateVerdict:
+    """Which drafted states stand, and the state that follows the last that does."""
+
+    accepted: Tensor  # (B, K) bool, a prefix
+    correction: Tensor  # (B, *S)
+
+
+@dataclass(slots=True)
+class StateContext:
+    """The states of a batch that is denoised, and what the target last said of each row."""
+
+    states: Tensor  # (B, *S)
+    steps: Tensor  # (B,) denoising steps done
+    samples: Tensor  # (B,) index of each row's sample, which keys its noise
+    drawn: Tensor  # (B,) states drawn for the row so far, to number the next
+    condition: dict[str, Tensor]  # of the network, B rows each
+    seen: Tensor  # (B, *S) the last state that the target has evaluated
+    seen_steps: Tensor  # (B,) where it stood; -1: there is none yet
+    estimates: Tensor  # (B, *S) the target's estimate of the data there
+
+    def rows(self, chosen: Tensor) -> StateContext:
+        """Return the rows of an index (R,), as a copy."""
+        return StateContext(
+            self.states[chosen],
+            self.steps[chosen],
+            self.samples[chosen],
+            self.drawn[chosen],
+            {name: value[chosen] for name, value in self.condition.items()},
+            self.seen[chosen],
+            self.seen_steps[chosen],
+            self.estimates[chosen],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StateStep:
+    """What one round did to one sample: so many steps drafted, kept and done in all."""
+
+    sample: int
+    drafted: int
+    accepted: int
+    done: int
+    finished: bool
 
 
 @dataclass(frozen=True, slots=True)

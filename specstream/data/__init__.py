@@ -2,8 +2,8 @@
 
 Reading order: `sources` (what text; more of it in `chat`, `docstrings` and `planning`),
 `encoding` (tokens and mask), `packing` (rows), `preparation` (splits on disk), `loader` (the order
-of batches), `text` (the data module).  `TextDataModule` is imported on first use: sources and
-prompt files do not need lightning.
+of batches), `text` (the data module); `media_sources` and `media` for images, videos and sounds.
+The data modules are imported on first use: sources and prompt files do not need lightning.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from specstream.data.chat import ChatMessages
 from specstream.data.docstrings import Docstrings
+from specstream.data.media_sources import Digits, ImageArrays, MediaSource, MovingDigits, Samples
 from specstream.data.planning import Countdown, Sudoku
 from specstream.data.prompts import PromptFile
 from specstream.data.sources import (
@@ -24,16 +25,23 @@ from specstream.data.sources import (
 )
 
 if TYPE_CHECKING:
+    from specstream.data.media import MediaDataModule
     from specstream.data.text import TextDataModule
 
 __all__ = [
     "ChatMessages",
     "Countdown",
+    "Digits",
     "Docstrings",
     "Document",
+    "ImageArrays",
+    "MediaDataModule",
+    "MediaSource",
+    "MovingDigits",
     "PromptCompletion",
     "PromptFile",
     "RawText",
+    "Samples",
     "Segment",
     "StdlibSource",
     "Sudoku",
@@ -47,4 +55,8 @@ def __getattr__(name: str) -> Any:
         from specstream.data.text import TextDataModule
 
         return TextDataModule
+    if name == "MediaDataModule":
+        from specstream.data.media import MediaDataModule
+
+        return MediaDataModule
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ resumed in the middle of an epoch goes on with the very next batch.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,11 +27,27 @@ Batch = dict[str, Tensor]
 FILLING = -1  # stands for a row without a scored token
 
 
-class RowDataset(Dataset):
+class BatchRows(Dataset, ABC):
+    """Maps a list of B row numbers to a batch; FILLING gives a row that counts for nothing."""
+
+    unit: str  # what its rows are, for people
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, numbers: list[int]) -> Batch: ...
+
+
+class RowDataset(BatchRows):
     """Maps a list of B row numbers to a batch of (B, T) tensors."""
 
     def __init__(self, rows: PackedRows) -> None:
         self.rows = rows
+        self.unit = f"rows of {rows.tokens.shape[1]} tokens"
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def __getitem__(self, numbers: list[int]) -> Batch:
         real = np.asarray(numbers) != FILLING
@@ -107,7 +124,7 @@ class RowLoader:
     """Iterates over the batches of one process.
 
     Args:
-        rows: the packed rows of a split.
+        rows: maps a list of row numbers to a batch; `unit` says what its rows are.
         batch_size: B, rows of each process.
         seed, shuffle: of the order; without `shuffle` it is that of the rows.
         drop_last: leave out an incomplete global batch; otherwise it is filled up with rows
@@ -120,7 +137,7 @@ class RowLoader:
 
     def __init__(
         self,
-        rows: PackedRows,
+        rows: BatchRows,
         batch_size: int,
         seed: int = 0,
         shuffle: bool = False,
@@ -134,11 +151,10 @@ class RowLoader:
         )
         if len(self.batch_sampler) == 0:
             raise ValueError(
-                f"the data gives {len(rows)} rows of {rows.tokens.shape[1]} tokens, fewer than "
-                f"one global batch of {self.batch_sampler.global_batch_size}: use more data, a "
-                "smaller batch_size or a smaller sequence_length"
+                f"the data gives {len(rows)} {rows.unit}, fewer than one global batch of "
+                f"{self.batch_sampler.global_batch_size}: use more data or a smaller batch_size"
             )
-        self.rows = RowDataset(rows)
+        self.rows = rows
         self.num_workers = num_workers
         self._epoch = 0  # of the batches counted
         self._batches_done = 0

@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.strategies import ParallelStrategy
 
 from specstream.data.cache import build_once, cache_folder, cache_key
-from specstream.data.loader import Place, RowLoader
+from specstream.data.loader import Place, RowDataset, RowLoader
 from specstream.data.packing import PackedRows
 from specstream.data.preparation import (
     FORMAT_VERSION,
@@ -33,6 +33,7 @@ from specstream.data.tokenizer import (
     train_tokenizer,
     with_mask_token,
 )
+from specstream.processors import TextProcessor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -123,6 +124,11 @@ class TextDataModule(L.LightningDataModule):
             tokenizer = load_tokenizer(path)
             self._tokenizer = with_mask_token(tokenizer) if self.mask_token else tokenizer
         return self._tokenizer
+
+    @property
+    def processor(self) -> TextProcessor:
+        """The boundary between text and tokens."""
+        return TextProcessor(self.tokenizer)
 
     def prepare_data(self) -> None:
         """Tokenise and pack, unless it has been done; Lightning calls it in one process."""
@@ -311,7 +317,7 @@ class TextDataModule(L.LightningDataModule):
             own = self.trainer.strategy.distributed_sampler_kwargs  # tensor parallel: data mesh
             place = Place(own["rank"], own["num_replicas"])
         return RowLoader(
-            self.rows(split),
+            RowDataset(self.rows(split)),
             batch_size=self.batch_size,
             seed=self.seed,
             shuffle=shuffle,

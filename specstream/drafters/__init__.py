@@ -2,6 +2,14 @@
 
 from specstream.drafters.base import CanvasDrafter, Drafter, StoredDrafter
 from specstream.drafters.block import BlockDrafter
+from specstream.drafters.denoising import (
+    FrozenEstimate,
+    FrozenVelocity,
+    IndependentDenoiser,
+    ResidualDenoiser,
+    StateDrafter,
+    WindowDenoiser,
+)
 from specstream.drafters.draft_model import CutDraftModel, DraftModel
 from specstream.drafters.eagle import Eagle3
 from specstream.drafters.lookup_first import LookupFirst
@@ -18,11 +26,17 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "Eagle3",
+    "FrozenEstimate",
+    "FrozenVelocity",
+    "IndependentDenoiser",
     "LookupFirst",
     "MaskedDraftModel",
     "Medusa",
     "PromptLookup",
+    "ResidualDenoiser",
     "SpeculativeStreaming",
+    "StateDrafter",
     "StoredDrafter",
     "TranslatedDrafter",
+    "WindowDenoiser",
 ]

@@ -1,6 +1,9 @@
 """Networks and adapters: what a drafter or a target computes with."""
 
 from specstream.models.cache import SlotCache
+from specstream.models.denoiser import Denoiser
+from specstream.models.noise_schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
+from specstream.models.patch_transformer import PatchTransformer
 from specstream.models.pretrained_lm import PretrainedLM, UntrainedLM
 from specstream.models.pretrained_masked import (
     MaskedFromCausal,
@@ -10,7 +13,12 @@ from specstream.models.pretrained_masked import (
 from specstream.models.self_speculative import SelfSpeculativeHead
 
 __all__ = [
+    "Denoiser",
+    "DiscreteSchedule",
+    "FlowSchedule",
     "MaskedFromCausal",
+    "NoiseSchedule",
+    "PatchTransformer",
     "PretrainedLM",
     "PretrainedMaskedLM",
     "SelfSpeculativeHead",

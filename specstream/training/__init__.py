@@ -11,6 +11,7 @@ from specstream.training.base import LossSum, SummedLossModule
 from specstream.training.block import AcceptedLengthWeights, BlockModule, ExponentialDecay
 from specstream.training.certainty import Certainty
 from specstream.training.decoding import HeldOutDecoding
+from specstream.training.denoising import DenoisingModule
 from specstream.training.distillation import DistillationModule
 from specstream.training.draft_module import DraftModule
 from specstream.training.eagle import Eagle3Module
@@ -19,6 +20,7 @@ from specstream.training.language_modeling import LanguageModelingModule
 from specstream.training.masked_diffusion import MaskedDiffusionModule
 from specstream.training.medusa import MedusaModule
 from specstream.training.optimization import ConstantRate, Schedule, WarmupCosine
+from specstream.training.residual import RejectionProbability, ResidualModule, SquaredError
 from specstream.training.self_speculative import SelfSpeculativeModule
 from specstream.training.streaming import StreamingModule
 from specstream.training.wandb_run import WandbRun
@@ -28,6 +30,7 @@ __all__ = [
     "BlockModule",
     "Certainty",
     "ConstantRate",
+    "DenoisingModule",
     "DistillationModule",
     "DraftModule",
     "Eagle3Module",
@@ -38,8 +41,11 @@ __all__ = [
     "LossSum",
     "MaskedDiffusionModule",
     "MedusaModule",
+    "RejectionProbability",
+    "ResidualModule",
     "Schedule",
     "SelfSpeculativeModule",
+    "SquaredError",
     "StreamingModule",
     "SummedLossModule",
     "WandbRun",

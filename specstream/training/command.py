@@ -17,7 +17,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from specstream.config_errors import ConfigError, OneLineErrors
-from specstream.processors import TextProcessor
 from specstream.training.base import SummedLossModule
 from specstream.training.checkpoints import (
     AtomicCheckpointIO,
@@ -234,7 +233,7 @@ def fit_and_export(arguments: list[str]) -> int:
 
 def finish(cli: TrainCLI) -> None:
     """Export what was trained, with its loss curve and its card."""
-    run, processor = cli.run_folder.path, TextProcessor(cli.datamodule.tokenizer)
+    run, processor = cli.run_folder.path, cli.datamodule.processor
     if not cli.trainer.is_global_zero:
         if is_sharded(cli.model):  # gathering needs every process; only the first one's files stay
             with TemporaryDirectory() as elsewhere:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from specstream.data.loader import Place, RowLoader
+from specstream.data.loader import Place, RowDataset, RowLoader
 from specstream.data.packing import PackedRows
 
 T = 4
@@ -34,20 +34,20 @@ def epoch_of(loader: RowLoader, epoch: int = 0) -> list[list[int]]:
 
 
 def test_an_epoch_visits_every_row_once_in_an_order_of_its_own() -> None:
-    loader = RowLoader(rows(12), batch_size=3, seed=5, shuffle=True, drop_last=True)
+    loader = RowLoader(RowDataset(rows(12)), batch_size=3, seed=5, shuffle=True, drop_last=True)
     first, second = epoch_of(loader, 0), epoch_of(loader, 1)
     for epoch in (first, second):
         assert sorted(number for batch in epoch for number in batch) == list(range(12))
     assert first != second
     assert epoch_of(loader, 0) == first
-    assert epoch_of(RowLoader(rows(12), 3, seed=6, shuffle=True), 0) != first
+    assert epoch_of(RowLoader(RowDataset(rows(12)), 3, seed=6, shuffle=True), 0) != first
 
 
 def test_two_processes_see_the_global_batches_of_one() -> None:
     options = {"seed": 1, "shuffle": True, "drop_last": True}
-    single = epoch_of(RowLoader(rows(23), batch_size=6, **options), 2)
+    single = epoch_of(RowLoader(RowDataset(rows(23)), batch_size=6, **options), 2)
     ranks = [
-        epoch_of(RowLoader(rows(23), batch_size=3, place=Place(rank, 2), **options), 2)
+        epoch_of(RowLoader(RowDataset(rows(23)), batch_size=3, place=Place(rank, 2), **options), 2)
         for rank in range(2)
     ]
     assert len(single) == len(ranks[0]) == len(ranks[1]) == 3
@@ -56,10 +56,10 @@ def test_two_processes_see_the_global_batches_of_one() -> None:
 
 
 def test_the_last_validation_batch_is_filled_up_with_unscored_rows() -> None:
-    single = list(RowLoader(rows(7), batch_size=4))
+    single = list(RowLoader(RowDataset(rows(7)), batch_size=4))
     assert [len(batch["input_ids"]) for batch in single] == [4, 4]
     assert single[1]["loss_mask"].any(dim=1).tolist() == [True, True, True, False]
-    ranks = [list(RowLoader(rows(7), batch_size=2, place=Place(rank, 2))) for rank in range(2)]
+    ranks = [list(RowLoader(RowDataset(rows(7)), batch_size=2, place=Place(rank, 2))) for rank in range(2)]
     assert len(ranks[0]) == len(ranks[1]) == 2
     scored = sum(int(batch["loss_mask"].sum()) for rank in ranks for batch in rank)
     assert scored == 7 * (T - 1)
@@ -67,26 +67,26 @@ def test_the_last_validation_batch_is_filled_up_with_unscored_rows() -> None:
 
 def test_too_few_rows_for_a_batch_is_one_clear_line() -> None:
     with pytest.raises(ValueError, match="gives 3 rows of 4 tokens, fewer than one global batch"):
-        RowLoader(rows(3), batch_size=2, drop_last=True, place=Place(0, 2))
+        RowLoader(RowDataset(rows(3)), batch_size=2, drop_last=True, place=Place(0, 2))
     with pytest.raises(ValueError, match="gives 0 rows"):
-        RowLoader(rows(0), batch_size=2)
+        RowLoader(RowDataset(rows(0)), batch_size=2)
 
 
 def test_a_restored_loader_goes_on_with_the_next_batch() -> None:
-    whole = epoch_of(RowLoader(rows(20), 4, shuffle=True, drop_last=True), 3)
-    stopped = RowLoader(rows(20), 4, shuffle=True, drop_last=True)
+    whole = epoch_of(RowLoader(RowDataset(rows(20)), 4, shuffle=True, drop_last=True), 3)
+    stopped = RowLoader(RowDataset(rows(20)), 4, shuffle=True, drop_last=True)
     stopped.set_epoch(3)
     iterator = iter(stopped)
     seen = [numbers(next(iterator)) for _ in range(2)]
-    resumed = RowLoader(rows(20), 4, shuffle=True, drop_last=True)
+    resumed = RowLoader(RowDataset(rows(20)), 4, shuffle=True, drop_last=True)
     resumed.load_state_dict(stopped.state_dict())
     assert seen + [numbers(batch) for batch in resumed] == whole
     assert epoch_of(resumed, 4) == epoch_of(stopped, 4), "the next epoch is whole again"
 
 
 def test_worker_processes_change_nothing() -> None:
-    plain = RowLoader(rows(8), 2, shuffle=True)
-    workers = RowLoader(rows(8), 2, shuffle=True, num_workers=1)
+    plain = RowLoader(RowDataset(rows(8)), 2, shuffle=True)
+    workers = RowLoader(RowDataset(rows(8)), 2, shuffle=True, num_workers=1)
     assert epoch_of(plain) == epoch_of(workers)
 
 
@@ -94,7 +94,7 @@ def test_the_global_noise_is_left_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    list(RowLoader(rows(8), 2, shuffle=True))
+    list(RowLoader(RowDataset(rows(8)), 2, shuffle=True))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -132,8 +132,8 @@ def fit(folder: Path, ckpt_path: str | None = None) -> list[list[int]]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loader = RowLoader(rows(20), 4, seed=1, shuffle=True, drop_last=True)
-    trainer.fit(module, loader, RowLoader(rows(4), 4), ckpt_path=ckpt_path)
+    loader = RowLoader(RowDataset(rows(20)), 4, seed=1, shuffle=True, drop_last=True)
+    trainer.fit(module, loader, RowLoader(RowDataset(rows(4)), 4), ckpt_path=ckpt_path)
     return module.seen
 
 

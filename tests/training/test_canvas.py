@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specstream.data.loader import RowLoader
+from specstream.data.loader import RowDataset, RowLoader
 from specstream.data.packing import PackedRows
 from specstream.sampling import Noise
 from specstream.training.canvas import (
@@ -169,7 +169,7 @@ def test_rows_that_only_fill_up_a_batch_are_not_scored() -> None:
     length = 6
     rows = PackedRows.empty(3, length, EOS, int)
     rows.tokens[:, :4], rows.documents[:, :4], rows.scored[:, 2:4] = 7, 0, True
-    last = list(RowLoader(rows, 2))[-1]
+    last = list(RowLoader(RowDataset(rows), 2))[-1]
     scored = padded(last, EOS)["loss_mask"]
     assert scored[0].sum() == 4 and scored[1].sum() == 0
 

@@ -1,0 +1,97 @@
+"""`draft/` of a drafter of denoising steps: its network, and the target that it drafts for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from specstream.drafters.denoising import (
+    IndependentDenoiser,
+    ResidualDenoiser,
+    StateDrafter,
+    WindowDenoiser,
+)
+from specstream.files import replaced_folder
+from specstream.models.denoiser import Denoiser, load_denoiser
+from specstream.models.fingerprint import fingerprint
+from specstream.models.patch_transformer import PatchTransformer
+
+RECORD = "specstream.json"
+WEIGHTS = "draft.safetensors"
+
+
+def save_state_drafter(folder: Path, drafter: StateDrafter, target: Denoiser) -> None:
+    """Write a trained drafter, replacing one that is there only once the new one is whole."""
+    from safetensors.torch import save_file
+
+    record: dict[str, Any] = {
+        "drafter": {"class_path": f"specstream.drafters.{type(drafter).__name__}"},
+        "target": {"path": target.path, "fingerprint": fingerprint(target.network)},
+    }
+    with replaced_folder(folder) as new:
+        if isinstance(drafter, IndependentDenoiser):
+            drafter.denoiser.save(new)
+        else:
+            assert isinstance(drafter, ResidualDenoiser | WindowDenoiser)
+            assert isinstance(drafter.network, PatchTransformer)
+            record["drafter"]["network"] = drafter.network.options
+            if isinstance(drafter, WindowDenoiser):
+                record["drafter"]["num_steps"] = drafter.num_steps
+            weights = drafter.network.state_dict()
+            save_file({n: value.contiguous() for n, value in weights.items()}, new / WEIGHTS)
+        (new / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def read_state_record(folder: Path) -> dict[str, Any]:
+    """Return the record of a drafter's folder; ValueError in one line when it is not one."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        record["drafter"]["class_path"], record["target"]["path"]  # what every reader needs
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"'{folder}' holds no drafter of denoising steps: {error}") from error
+    return dict(record)
+
+
+def load_state_drafter(folder: Path, target: Denoiser) -> StateDrafter:
+    """Build the drafter of `folder` for `target`; ValueError for another one's or damaged files."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    record = read_state_record(folder)
+    kind = str(record["drafter"]["class_path"]).rpartition(".")[2]
+    drafter: StateDrafter
+    try:
+        if kind == IndependentDenoiser.__name__:
+            drafter = IndependentDenoiser(load_denoiser(folder, target.device))
+            check_shapes(drafter.denoiser, target)
+            return drafter.eval().requires_grad_(False)
+        network = PatchTransformer(**record["drafter"]["network"])
+        network.load_state_dict(load_file(folder / WEIGHTS))
+        if kind == ResidualDenoiser.__name__:
+            drafter = ResidualDenoiser(network)
+        elif kind == WindowDenoiser.__name__:
+            drafter = WindowDenoiser(network, int(record["drafter"]["num_steps"]))
+        else:
+            raise ValueError(f"{kind} is no drafter of denoising steps")
+    except (KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"'{folder}' holds a damaged drafter: {error}") from error
+    found, expected = fingerprint(target.network), record["target"].get("fingerprint")
+    if expected is not None and found != expected:
+        raise ValueError(
+            f"'{folder}' was trained for the target '{record['target']['path']}' as it was then "
+            f"(fingerprint {expected}), not for this one (fingerprint {found})"
+        )
+    return drafter.to(target.device).eval().requires_grad_(False)
+
+
+def check_shapes(drafter: Denoiser, target: Denoiser) -> None:
+    """Raise ValueError where two models do not denoise the same states in the same way."""
+    if drafter.shape != target.shape:
+        raise ValueError(
+            f"the drafter's states are {list(drafter.shape)}, the target's {list(target.shape)}"
+        )
+    if drafter.schedule != target.schedule:
+        raise ValueError(
+            f"the drafter's noise levels are {drafter.schedule}, the target's {target.schedule}"
+        )

@@ -1,0 +1,168 @@
+"""The boundary between states and media: arrays in -1..1 in the program, png, mp4 and wav outside.
+
+Shapes: an image is (C, H, W), a video (C, F, H, W), a sound (1, T); C is 1 or 3.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FORM = "media.json"
+SUFFIXES = {"image": ".png", "video": ".mp4", "audio": ".wav"}
+
+
+@dataclass(frozen=True)
+class MediaProcessor:
+    """What a state of a diffusion model is, and how it is written to a file.
+
+    Args:
+        kind: "image", "video" or "audio".
+        frame_rate: frames a second of a video.
+        sample_rate: numbers a second of a sound.
+        enlarge: each pixel is written as so many by so many, to be seen.
+        classes: names of the classes that a sample may be asked for.
+    """
+
+    kind: Literal["image", "video", "audio"]
+    frame_rate: float = 8.0
+    sample_rate: int = 8000
+    enlarge: int = 1
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in SUFFIXES:
+            raise ValueError(f"kind must be one of {', '.join(SUFFIXES)}, got '{self.kind}'")
+        if self.enlarge < 1 or self.frame_rate <= 0 or self.sample_rate < 1:
+            raise ValueError("enlarge, frame_rate and sample_rate must be positive")
+
+    @property
+    def suffix(self) -> str:
+        return SUFFIXES[self.kind]
+
+    def class_number(self, name: str) -> int:
+        """Return the number of a class by its name; ValueError names the known ones."""
+        if name not in self.classes:
+            known = ", ".join(self.classes) or "none"
+            raise ValueError(f"'{name}' is no class of this model; it knows {known}")
+        return self.classes.index(name)
+
+    def pictures(self, states: Tensor) -> NDArray[np.uint8]:
+        """Return states (B, C, ..., H, W) as bytes (B, ..., H, W, C), enlarged."""
+        bytes_ = ((states.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        moved = bytes_.movedim(1, -1)
+        if self.enlarge > 1:
+            moved = moved.repeat_interleave(self.enlarge, -3).repeat_interleave(self.enlarge, -2)
+        return moved.cpu().numpy()
+
+    def write(self, states: Tensor, path: Path) -> None:
+        """Write samples (B, *S) into one file: pictures and videos side by side, sounds in a row.
+
+        Nothing is left half-written.  Raises ValueError where a program that is needed is missing,
+        and OSError where the file cannot be written.
+        """
+        if self.kind == "audio":
+            self._write_sound(torch.cat([*states], -1)[0], path)
+            return
+        frames = tile(self.pictures(states))
+        if self.kind == "video":
+            self._write_video(frames, path)
+            return
+        from PIL import Image
+
+        with whole_file(path) as new:
+            Image.fromarray(frames[..., 0] if frames.shape[-1] == 1 else frames).save(new)
+
+    def _write_video(self, frames: NDArray[np.uint8], path: Path) -> None:
+        try:
+            import imageio_ffmpeg
+        except ModuleNotFoundError as error:
+            raise ValueError("writing mp4 needs the package imageio-ffmpeg") from error
+        if frames.shape[-1] == 1:
+            frames = frames.repeat(3, -1)
+        height, width = frames.shape[1:3]
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))  # yuv420 halves
+        with whole_file(path) as new:
+            try:
+                writer = imageio_ffmpeg.write_frames(
+                    str(new),
+                    (frames.shape[2], frames.shape[1]),
+                    fps=self.frame_rate,
+                    quality=8,
+                    macro_block_size=2,
+                )
+                writer.send(None)
+            except (RuntimeError, FileNotFoundError) as error:
+                raise ValueError("writing mp4 needs ffmpeg, which is not installed") from error
+            for frame in frames:
+                writer.send(np.ascontiguousarray(frame))
+            writer.close()
+
+    def _write_sound(self, wave: Tensor, path: Path) -> None:
+        try:
+            import soundfile
+        except (ModuleNotFoundError, OSError) as error:
+            raise ValueError("writing wav needs the package soundfile") from error
+        with whole_file(path) as new:
+            soundfile.write(new, wave.clamp(-1, 1).cpu().numpy(), self.sample_rate, "PCM_16")
+
+    def save(self, folder: Path) -> None:
+        """Write the record that `load_media_processor` reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FORM).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def load_media_processor(folder: str | Path) -> MediaProcessor:
+    """Read what `MediaProcessor.save` wrote; ValueError in one line for what is none."""
+    path = Path(folder) / FORM
+    try:
+        found = json.loads(path.read_text())
+        return MediaProcessor(**{**found, "classes": tuple(found["classes"])})
+    except FileNotFoundError as error:
+        raise ValueError(f"'{folder}' holds no media model: it has no {FORM}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"'{path}' is damaged: {error}") from error
+
+
+def tile(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return pictures (B, ..., H, W, C) side by side, in rows of about as many as there are rows.
+
+    A lighter line of one pixel parts them.
+    """
+    number = len(pictures)
+    columns = int(np.ceil(np.sqrt(number)))
+    rows = -(-number // columns)
+    *_, height, width, channels = pictures.shape
+    between = (height + 1, width + 1)
+    shape = (*pictures.shape[1:-3], rows * between[0] - 1, columns * between[1] - 1, channels)
+    sheet = np.full(shape, 64, np.uint8)
+    if number == 1:
+        return pictures[0]
+    for index, picture in enumerate(pictures):
+        top, left = index // columns * between[0], index % columns * between[1]
+        sheet[..., top : top + height, left : left + width, :] = picture
+    return sheet
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to, which takes its place once all is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        yield new
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)

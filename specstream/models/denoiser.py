@@ -1,0 +1,136 @@
+"""A diffusion model as every pipeline and drafter sees it: states in, estimates of the data out.
+
+Shapes: R rows, S the shape of a state (channels first).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specstream.models.noise_schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
+from specstream.models.patch_transformer import PatchTransformer
+from specstream.transitions import Prediction, StepGrid, data_estimate
+
+FORM = "denoiser.json"
+WEIGHTS = "denoiser.safetensors"
+SCHEDULES: dict[str, type[NoiseSchedule]] = {
+    kind.__name__: kind for kind in (FlowSchedule, DiscreteSchedule)
+}
+
+
+class Denoiser(nn.Module):
+    """A network, the noise schedule it was trained for, and what its output means.
+
+    Args:
+        network: called with states (R, *S), times (R, 1) and the row's condition by name.
+        schedule: its noise levels.
+        shape: of a state, S.
+        prediction: what the network returns.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        shape: Sequence[int],
+        prediction: Prediction = Prediction.FLOW,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.schedule = schedule
+        self.shape = tuple(shape)
+        self.prediction = prediction
+        self.path: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
+
+    def output(
+        self, states: Tensor, times: Tensor, condition: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return what the network predicts, float32 (R, *S); times (R,)."""
+        said = self.network(states.to(self.dtype), times[:, None], **(condition or {}))
+        assert isinstance(said, Tensor)
+        return said.float()
+
+    def forward(
+        self,
+        states: Tensor,
+        steps: Tensor,
+        grid: StepGrid,
+        condition: Mapping[str, Tensor] | None = None,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """Return the estimate of the data, float32 (R, *S), at states that stand at `steps` (R,).
+
+        With a `guidance` w other than 1 the output is that without a condition plus w times what
+        the condition changes (Ho and Salimans 2022), at the cost of twice the rows.
+        """
+        times = grid.times[steps].float()
+        if guidance == 1 or not condition:
+            output = self.output(states, times, condition)
+        else:
+            nothing = {name: self.unconditional(name, value) for name, value in condition.items()}
+            both = {name: torch.cat([value, nothing[name]]) for name, value in condition.items()}
+            doubled = self.output(torch.cat([states, states]), torch.cat([times, times]), both)
+            given, free = doubled.chunk(2)
+            output = free + guidance * (given - free)
+        alphas, sigmas = grid.alphas[steps], grid.sigmas[steps]
+        return data_estimate(output, states.float(), alphas, sigmas, self.prediction)
+
+    def unconditional(self, name: str, value: Tensor) -> Tensor:
+        """Return what stands for "no condition" in place of `value` (R, ...)."""
+        return torch.full_like(value, -1) if name == "classes" else torch.zeros_like(value)
+
+    def save(self, folder: Path) -> None:
+        """Write weights and what builds the model again; only for networks of this package."""
+        from safetensors.torch import save_file
+
+        assert isinstance(self.network, PatchTransformer)
+        folder.mkdir(parents=True, exist_ok=True)
+        form = {
+            "network": self.network.options,
+            "schedule": {"class": type(self.schedule).__name__, **vars(self.schedule)},
+            "shape": list(self.shape),
+            "prediction": self.prediction.value,
+        }
+        (folder / FORM).write_text(json.dumps(form, indent=2) + "\n")
+        save_file(
+            {name: value.contiguous() for name, value in self.network.state_dict().items()},
+            folder / WEIGHTS,
+        )
+
+
+def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
+    """Load what `Denoiser.save` wrote; ValueError in one line for what is no such folder."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    try:
+        form: dict[str, Any] = json.loads((folder / FORM).read_text())
+        named = dict(form["schedule"])
+        schedule = SCHEDULES[named.pop("class")](**named)
+        network = PatchTransformer(**form["network"])
+        network.load_state_dict(load_file(folder / WEIGHTS))
+        prediction = Prediction(form["prediction"])
+        denoiser = Denoiser(network, schedule, form["shape"], prediction)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"'{path}' is no denoiser: it has no {Path(error.filename).name}"
+        ) from error
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"'{path}' holds a damaged denoiser: {error}") from error
+    denoiser.path = str(path)
+    return denoiser.to(device)

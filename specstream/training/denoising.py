@@ -1,0 +1,119 @@
+"""Training diffusion models: targets on data, and independent drafters on what a target says.
+
+A target learns what its network predicts at a random noise level (Ho et al. 2020; for flows
+Lipman et al. 2023); a drafter learns the target's own output there, which is less noisy than the
+data and is what its drafts are compared with.
+
+Shapes: B rows, S the shape of a state.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.optim import AdamW
+
+from specstream.drafters.denoising import IndependentDenoiser
+from specstream.drafters.state_loading import save_state_drafter
+from specstream.media_processor import MediaProcessor
+from specstream.models.denoiser import Denoiser, load_denoiser
+from specstream.models.noise_schedule import FlowSchedule, NoiseSchedule
+from specstream.models.patch_transformer import PatchTransformer
+from specstream.sampling import Noise, Role
+from specstream.training.base import Batch, LossSum, SummedLossModule
+from specstream.training.optimization import Schedule
+from specstream.transitions import Prediction, data_estimate, network_output
+
+VALIDATION = -1  # stands for the epoch: validation draws the same noise every time
+
+
+class DenoisingModule(SummedLossModule):
+    """Trains a `PatchTransformer` as a diffusion model, from data or from a `target`.
+
+    Args:
+        network: the network; its channels are those of the data.
+        noise_schedule: noise levels; a drafter takes its target's.
+        prediction: what the network predicts.
+        target: folder of a trained diffusion model; the run is then that of a drafter.
+        class_dropout: share of rows whose class is hidden, so that guidance can be used.
+    """
+
+    def __init__(
+        self,
+        network: PatchTransformer,
+        noise_schedule: NoiseSchedule | None = None,
+        prediction: Prediction = Prediction.FLOW,
+        target: str | None = None,
+        class_dropout: float = 0.1,
+        optimizer: OptimizerCallable = AdamW,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(optimizer, schedule)
+        if not 0 <= class_dropout <= 1:
+            raise ValueError(f"class_dropout must be in [0, 1], got {class_dropout}")
+        self.class_dropout = class_dropout
+        self.target = None if target is None else load_denoiser(target)
+        if self.target is not None:
+            self.target.eval().requires_grad_(False)
+            if noise_schedule not in (None, self.target.schedule):
+                raise ValueError("a drafter takes its target's levels: leave out noise_schedule")
+            noise_schedule = self.target.schedule
+        self.denoiser = Denoiser(network, noise_schedule or FlowSchedule(), (), prediction)
+
+    def on_fit_start(self) -> None:
+        shape = self.trainer.datamodule.shape  # type: ignore[attr-defined]
+        self.denoiser.shape = shape
+        if self.target is not None and self.target.shape != shape:
+            raise ValueError(
+                f"the target's states are {list(self.target.shape)}, the data's {list(shape)}"
+            )
+
+    def loss(self, batch: Batch) -> LossSum:
+        states, noise = batch["states"], self._noise()
+        keys = batch["keys"]
+        element = torch.zeros_like(keys)[:, None]
+        uniforms = noise.uniform(keys, element, Role.MASK)[:, 0]
+        levels = self.denoiser.schedule.levels(uniforms)
+        normals = noise.normal(keys, element[:, 0], states.shape[1:], Role.START).to(states)
+        noisy = levels.add_noise(states, normals)
+        condition = self._condition(batch, noise)
+        said = self.denoiser.output(noisy, levels.times.float(), condition)
+        wanted = states
+        if self.target is not None:
+            with torch.no_grad():
+                taught = self.target.output(noisy, levels.times.float(), condition)
+            wanted = data_estimate(
+                taught, noisy, levels.alphas, levels.sigmas, self.target.prediction
+            )
+        aim = network_output(wanted, noisy, levels.alphas, levels.sigmas, self.denoiser.prediction)
+        errors = (said - aim).square().flatten(1).mean(1)
+        real = batch["real"].to(errors)
+        return LossSum((errors * real).sum(), real.sum())
+
+    def _condition(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
+        """Return the classes of the rows, some of them hidden."""
+        if "classes" not in batch:
+            return {}
+        keys = batch["keys"]
+        coins = noise.uniform(keys, torch.zeros_like(keys)[:, None], Role.ORDER)[:, 0]
+        hidden = coins < (self.class_dropout if self.training else 0.0)
+        return {"classes": batch["classes"].masked_fill(hidden, -1)}
+
+    def _noise(self) -> Noise:
+        """Return the noise of this epoch, or of validation; keyed by the samples' numbers."""
+        epoch = self.current_epoch if self.training else VALIDATION
+        return Noise(self.run_seed * 1_000_003 + epoch + 1, self.device)
+
+    def export(self, run: Path, processor: MediaProcessor) -> Path:  # type: ignore[override]
+        if self.target is None:
+            folder = run / "model"
+            self.denoiser.save(folder)
+            processor.save(folder)
+            return folder
+        assert self.target.path is not None
+        folder = run / "draft"
+        save_state_drafter(folder, IndependentDenoiser(self.denoiser), self.target)
+        return folder

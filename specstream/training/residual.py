@@ -1,0 +1,209 @@
+"""Training residual drafters of denoising steps on the target's own trajectories.
+
+A drafted step stands with probability 1 - TV of two Gaussians, erfc(|delta| / (2 sqrt 2)), delta
+the distance of their means in standard deviations.  So the loss is what it costs: the probability
+that the step falls, erf(|delta| / (2 sqrt 2)).  Where |delta| is large its gradient vanishes; a
+small share of |delta| itself keeps it alive.
+
+Every batch draws its trajectories from the frozen target, so a resumed run sees what an
+uninterrupted one sees.  Of each trajectory some windows are used: a start, where the target has
+spoken, and a later step at which the drafter is asked.
+
+Shapes: B rows, N steps, W windows of a row, L the longest window, S the shape of a state.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.optim import AdamW
+
+from specstream.drafters.denoising import ResidualDenoiser, WindowDenoiser
+from specstream.drafters.state_loading import save_state_drafter
+from specstream.media_processor import MediaProcessor
+from specstream.models.denoiser import load_denoiser
+from specstream.models.patch_transformer import PatchTransformer
+from specstream.sampling import Noise, Role
+from specstream.structures import StateContext
+from specstream.training.base import Batch, LossSum, SummedLossModule
+from specstream.training.denoising import VALIDATION
+from specstream.training.optimization import Schedule
+from specstream.transitions import StepGrid, estimate_weights, step_stds, transition
+from specstream.verification.gaussian import step_acceptance
+
+
+class StepLoss(ABC):
+    """What a drafted step costs, given how far its mean lies from the target's."""
+
+    @abstractmethod
+    def __call__(self, delta: Tensor, squared_error: Tensor) -> Tensor:
+        """Return the loss of each step (P,).
+
+        delta (P,): distance in standard deviations; squared_error (P,): mean over the state of the
+        squared error of the guess at the data.
+        """
+
+
+@dataclass(frozen=True)
+class RejectionProbability(StepLoss):
+    """The probability that the step falls, erf(|delta| / (2 sqrt 2)), and a share of |delta|.
+
+    The one to choose where drafts are verified exactly: it is what is paid.
+    """
+
+    distance_weight: float = 0.02
+
+    def __call__(self, delta: Tensor, squared_error: Tensor) -> Tensor:
+        return 1 - step_acceptance(delta) + self.distance_weight * delta
+
+
+@dataclass(frozen=True)
+class SquaredError(StepLoss):
+    """The squared error of the guess at the data: the usual loss, blind to what a step forgives."""
+
+    def __call__(self, delta: Tensor, squared_error: Tensor) -> Tensor:
+        return squared_error
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectories:
+    """What the target went through."""
+
+    states: Tensor  # (N, B, *S)
+    estimates: Tensor  # (N, B, *S)
+
+
+class ResidualModule(SummedLossModule):
+    """Trains a `ResidualDenoiser`, or with `at_once` a `WindowDenoiser`, for a frozen target.
+
+    Args:
+        network: from 2 C channels to C (at once: L * C), told two times.
+        target: folder of the trained diffusion model.
+        num_steps, eta: of the sampler to draft for.
+        window: L, the most steps between the target's word and a drafted step.
+        windows_per_row: W, windows that are used of each trajectory.
+        step_loss: what is minimised.
+        at_once: guess all steps of a window in one pass.
+    """
+
+    def __init__(
+        self,
+        network: PatchTransformer,
+        target: str,
+        num_steps: int = 50,
+        eta: float = 1.0,
+        window: int = 8,
+        windows_per_row: int = 8,
+        step_loss: StepLoss = RejectionProbability(),
+        at_once: bool = False,
+        optimizer: OptimizerCallable = AdamW,
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(optimizer, schedule)
+        if not 0 < eta <= 1:
+            raise ValueError(f"eta must be above 0 and at most 1 for drafts with a law, got {eta}")
+        if not 1 <= window < num_steps:
+            raise ValueError(f"window must be in 1..{num_steps - 1}, got {window}")
+        if windows_per_row < 1:
+            raise ValueError(f"windows_per_row must be at least 1, got {windows_per_row}")
+        self.target = load_denoiser(target).eval().requires_grad_(False)
+        self.eta, self.window, self.windows_per_row = eta, window, windows_per_row
+        self.grid = self.target.schedule.grid(num_steps)
+        self.step_loss = step_loss
+        self.drafter: ResidualDenoiser | WindowDenoiser
+        self.drafter = WindowDenoiser(network, window) if at_once else ResidualDenoiser(network)
+
+    def on_fit_start(self) -> None:
+        shape = self.trainer.datamodule.shape  # type: ignore[attr-defined]
+        if self.target.shape != shape:
+            raise ValueError(
+                f"the target's states are {list(self.target.shape)}, the data's {list(shape)}"
+            )
+
+    def loss(self, batch: Batch) -> LossSum:
+        grid = self.grid.to(self.device)
+        noise = self._noise()
+        keys = batch["keys"]
+        condition = {"classes": batch["classes"]} if "classes" in batch else {}
+        with torch.no_grad():
+            seen = self._trajectories(keys, condition, grid, noise)
+        starts, steps = self._windows(keys, noise)  # (W, B) each
+        pick = torch.arange(len(keys), device=keys.device).expand_as(starts)
+        # the drafter is asked at `steps`; the target spoke last at `starts`, before them
+        context = StateContext(
+            states=seen.states[starts + 1, pick].flatten(0, 1),
+            steps=(starts + 1).flatten(),
+            samples=keys.expand_as(starts).flatten(),
+            drawn=torch.zeros_like(starts).flatten(),
+            condition={name: value[pick].flatten(0, 1) for name, value in condition.items()},
+            seen=seen.states[starts, pick].flatten(0, 1),
+            seen_steps=starts.flatten(),
+            estimates=seen.estimates[starts, pick].flatten(0, 1),
+        )
+        at, states = steps.flatten(), seen.states[steps, pick].flatten(0, 1)
+        right = seen.estimates[steps, pick].flatten(0, 1)
+        guess = self._guess(states, at, context, grid)
+        weights = estimate_weights(grid, self.eta) / step_stds(grid, self.eta).clamp(min=1e-12)
+        errors = (guess - right).flatten(1)
+        free = (context.estimates - right).flatten(1)
+        scale = weights[at].abs().to(errors)
+        delta = scale * errors.square().sum(1).add(1e-12).sqrt()
+        losses = self.step_loss(delta, errors.square().mean(1))
+        real = batch["real"][pick.flatten()].to(losses)
+        metrics = {
+            "acceptance": step_acceptance(delta),
+            "delta": delta,
+            "free_acceptance": step_acceptance(scale * free.norm(dim=1)),
+        }
+        sums = {name: (value.detach() * real).sum() for name, value in metrics.items()}
+        return LossSum((losses * real).sum(), real.sum(), sums)
+
+    def _guess(self, states: Tensor, at: Tensor, context: StateContext, grid: StepGrid) -> Tensor:
+        if isinstance(self.drafter, ResidualDenoiser):
+            return self.drafter.estimate(states, at, context, grid)
+        ahead = self.drafter.window(context, grid, self.window)
+        return ahead[torch.arange(len(at), device=at.device), at - context.steps]
+
+    def _trajectories(
+        self, keys: Tensor, condition: dict[str, Tensor], grid: StepGrid, noise: Noise
+    ) -> Trajectories:
+        """Draw a sample of the target for each row, and keep the way there."""
+        shape = self.target.shape
+        states = noise.normal(keys, torch.zeros_like(keys), shape, Role.START).float()
+        kept, said = [], []
+        for step in range(grid.num_steps):
+            steps = torch.full_like(keys, step)
+            estimates = self.target(states, steps, grid, condition)
+            kept.append(states)
+            said.append(estimates)
+            law = transition(estimates, states, steps, grid, self.eta)
+            states = law.sample(noise.normal(keys, steps, shape, Role.DRAFT))
+        return Trajectories(torch.stack(kept), torch.stack(said))
+
+    def _windows(self, keys: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+        """Return where the target spoke and where the drafter is asked, (W, B) each.
+
+        The second lies 1..L after the first, and before the last step, which has no law.
+        """
+        last = self.grid.num_steps - 2
+        numbers = torch.arange(2 * self.windows_per_row, device=keys.device).expand(len(keys), -1)
+        first, second = noise.uniform(keys, numbers, Role.ORDER).chunk(2, dim=1)
+        starts = (first * last).long().clamp(max=last - 1)
+        longest = (last - starts).clamp(max=self.window)
+        steps = starts + 1 + (second * longest).long().clamp(max=longest - 1)
+        return starts.T, steps.T
+
+    def _noise(self) -> Noise:
+        """Return the noise of this epoch, or of validation; keyed by the samples' numbers."""
+        epoch = self.current_epoch if self.training else VALIDATION
+        return Noise(self.run_seed * 1_000_003 + epoch + 1, self.device)
+
+    def export(self, run: Path, processor: MediaProcessor) -> Path:  # type: ignore[override]
+        folder = run / "draft"
+        save_state_drafter(folder, self.drafter, self.target)
+        return folder

@@ -1,0 +1,120 @@
+"""Sampling with verified drafts: the law of the plain sampler, whatever drafts."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from specstream.drafters import FrozenEstimate, FrozenVelocity, IndependentDenoiser, StateDrafter
+from specstream.generation.denoising import DenoisingPipeline
+from specstream.generation.lengths import FixedLength
+from specstream.models import Denoiser, FlowSchedule
+from specstream.transitions import Prediction
+
+SHAPE = (3,)
+STEPS = 12
+
+
+class ExactEstimate(nn.Module):
+    """E[x0 | x] of data N(mean, width^2) on a straight path, as a network that predicts data."""
+
+    def __init__(self, mean: float, width: float) -> None:
+        super().__init__()
+        self.law = nn.Parameter(torch.tensor([mean, width], dtype=torch.float64))
+        self.calls = 0
+        self.rows = 0
+
+    def forward(self, states: Tensor, times: Tensor) -> Tensor:
+        self.calls, self.rows = self.calls + 1, self.rows + len(states)
+        sigma = times.double() / 1000
+        alpha, (mean, width) = 1 - sigma, self.law
+        gain = alpha * width**2 / (alpha**2 * width**2 + sigma**2)
+        return mean + gain * (states - alpha * mean)
+
+
+def model(mean: float = 1.0, width: float = 0.5) -> Denoiser:
+    return Denoiser(ExactEstimate(mean, width), FlowSchedule(), SHAPE, Prediction.DATA)
+
+
+def drafters() -> dict[str, StateDrafter]:
+    return {
+        "estimate": FrozenEstimate(),
+        "velocity": FrozenVelocity(model()),
+        "independent": IndependentDenoiser(model(0.4, 0.7)),
+    }
+
+
+def sampler(
+    drafter: StateDrafter | None, batch_size: int = 8, eta: float = 1.0
+) -> DenoisingPipeline:
+    lengths = None if drafter is None else FixedLength(5)
+    return DenoisingPipeline(
+        model(), STEPS, eta, drafter=drafter, lengths=lengths, batch_size=batch_size
+    )
+
+
+def moments(samples: Tensor) -> tuple[Tensor, Tensor]:
+    return samples.double().mean(0), samples.double().T.cov()
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+@pytest.mark.parametrize("name", drafters())
+def test_drafted_samples_have_the_law_of_the_plain_sampler(name: str, eta: float) -> None:
+    rows = 12_000
+    plain = sampler(None, rows, eta).complete(rows, seed=1)
+    pipeline = sampler(drafters()[name], rows, eta)
+    mean, covariance = moments(pipeline.complete(rows, seed=2))
+    right_mean, right_covariance = moments(plain)
+    width = right_covariance.diagonal().sqrt().max()
+    assert (mean - right_mean).abs().max() < 4.5 * width * (2 / rows) ** 0.5
+    assert (covariance - right_covariance).abs().max() < 4.5 * width**2 * (4 / rows) ** 0.5
+    assert pipeline.stats.target_calls < STEPS
+    assert pipeline.stats.guarantee.value == "exact law"
+
+
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    for drafter in (None, FrozenEstimate()):
+        together = sampler(drafter, 8).complete(8, seed=3)
+        alone = sampler(drafter, 1).complete(1, seed=3, indices=[5])
+        assert torch.allclose(together[5], alone[0], atol=1e-6)
+
+
+def test_the_counts_are_what_the_target_saw() -> None:
+    pipeline = sampler(FrozenEstimate(), 4)
+    pipeline.complete(6, seed=0)
+    network = pipeline.target.network
+    assert isinstance(network, ExactEstimate)
+    stats = pipeline.stats
+    assert (stats.target_calls, stats.target_rows) == (network.calls, network.rows)
+    assert stats.elements == 6 * STEPS == stats.full_committed
+    assert stats.target_rows == stats.full_rounds + stats.draft_lengths
+
+
+def test_every_round_reports_each_sample_that_still_had_steps_to_do() -> None:
+    pipeline = sampler(FrozenEstimate(), 4)
+    done: dict[int, int] = {}
+    for step in pipeline.generate(6, seed=0):
+        assert step.done == done.get(step.sample, 0) + step.accepted + 1
+        done[step.sample] = step.done
+        assert step.finished == (step.done == STEPS)
+    assert done == dict.fromkeys(range(6), STEPS)
+
+
+def test_a_deterministic_sampler_with_an_exact_rule_is_refused_and_says_why() -> None:
+    with pytest.raises(ValueError, match="eta 0 is a deterministic sampler"):
+        sampler(FrozenEstimate(), eta=0.0)
+
+
+def test_guidance_pushes_from_the_unconditional_answer() -> None:
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unit = nn.Parameter(torch.ones(1))
+
+        def forward(self, states: Tensor, times: Tensor, classes: Tensor) -> Tensor:
+            return (classes + 1.0)[:, None].expand_as(states) * self.unit
+
+    target = Denoiser(Told(), FlowSchedule(), SHAPE, Prediction.DATA)
+    pipeline = DenoisingPipeline(target, 4, guidance=3.0)
+    samples = pipeline.complete(2, {"classes": torch.tensor([0, 4])})
+    assert torch.allclose(samples, torch.tensor([3.0, 15.0])[:, None].expand(2, 3))
+    assert pipeline.stats.target_rows == 2 * 2 * 4
