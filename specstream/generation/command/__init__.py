@@ -1,9 +1,9 @@
 """What `generate.py` does: read the options, build the pipeline, decode, report.
 
-Reading order: `options` and `canvas_options` (what can be said), `one_prompt` (text as it is
-committed), `one_canvas` (of a masked model), `display` and `comparison` (what it shows),
-`many_prompts` (a file of them), `devices` (over several).  None of
-it knows how decoding works.
+Reading order: `options`, `canvas_options` and `media_options` (what can be said), `one_prompt`
+(text as it is committed), `one_canvas` (of a masked model), `one_media` (of a diffusion model),
+`display` and `comparison` (what it shows), `many_prompts` (a file of them), `devices` (over
+several).  None of it knows how decoding works.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 
 from specstream.generation.base import TextPipeline
 from specstream.generation.command.canvas_options import CanvasOptions
+from specstream.generation.command.media_options import MediaOptions
 from specstream.generation.command.options import Options, parse_options, wrong
 from specstream.generation.loading import build_pipeline, find_device, load_run
 from specstream.generation.masked import MaskedPipeline
@@ -22,6 +23,7 @@ from specstream.generation.masked_loading import (
     is_masked_run,
     load_masked_run,
 )
+from specstream.generation.media_loading import MediaRun, is_media_run, load_media_run
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.verification import CanvasVerifier
 
@@ -41,6 +43,12 @@ def run_generation(arguments: list[str]) -> int:
 
 
 def _generate(options: Options) -> int:
+    if options.run is not None and is_media_run(options.run):
+        from specstream.generation.command.one_media import generate_media
+
+        return generate_media(make_media_run(options), options)
+    if options.media != MediaOptions():
+        wrong("media", "is for diffusion models of media, and this is a model of text")
     if options.prompts is not None:
         from specstream.generation.command.many_prompts import generate_many
 
@@ -65,6 +73,28 @@ def make_pipeline(options: Options, device: str) -> TextPipeline | MaskedPipelin
     if isinstance(target, PretrainedMaskedLM):
         return make_masked_pipeline(options, device, target)
     return make_text_pipeline(options, device, target)
+
+
+def make_media_run(options: Options) -> MediaRun:
+    """Load a diffusion model of media; ValueError for options that are for text."""
+    default = Options()
+    own = {"run", "prompt", "output", "overwrite", "batch_size", "seed", "device", "compare"}
+    for name in vars(default):
+        if name not in own | {"stats", "media"} and getattr(options, name) != getattr(
+            default, name
+        ):
+            wrong(name, "is for text, and this run makes media")
+    media = options.media
+    return load_media_run(
+        str(options.run),
+        num_steps=media.steps,
+        eta=media.eta,
+        guidance=media.guidance,
+        free_draft=media.free_draft,
+        window=media.window,
+        batch_size=max(options.batch_size, media.samples),
+        device=options.device,
+    )
 
 
 def make_masked_pipeline(

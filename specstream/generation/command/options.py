@@ -12,13 +12,15 @@ from typing import Any, Literal
 from jsonargparse import Namespace
 from torch import nn
 
-from specstream.config_errors import ConfigError, OneLineErrors
+from specstream.config_errors import ConfigError, OneLineErrors, constructor_refusal
 from specstream.drafters import StoredDrafter
 from specstream.generation.batch import Limits
 from specstream.generation.command.canvas_options import CanvasOptions
+from specstream.generation.command.media_options import MediaOptions
 from specstream.generation.lengths import CostModelLength, DraftLength, FixedLength
 from specstream.generation.loading import find_device
 from specstream.generation.masked import Sampler
+from specstream.generation.media_loading import is_media_run
 from specstream.sampling import Sampling
 from specstream.verification import CanvasVerifier, TokenVerifier
 
@@ -43,7 +45,8 @@ class Options:
         prompts: a file of prompts (.jsonl, .jsonl.gz, .parquet), instead of one.
         template: how a record of that file becomes a prompt.
         limit: only the first so many prompts of that file.
-        output: the .jsonl that gets the continuations, in the order of the prompts.
+        output: the .jsonl that gets the continuations, in the order of the prompts; of media, the
+            .png, .mp4 or .wav.
         overwrite: replace an output that exists.
         devices: decode a file of prompts in so many processes, one for each device.
         batch_size: prompts decoded at once.
@@ -66,6 +69,7 @@ class Options:
         show_drafts: colour tokens by where they came from.
         compare: also decode with the plain target, three times each, and report the speedup.
         canvas: options of masked diffusion models, `--canvas.steps 16`.
+        media: options of diffusion models of media, `--media.steps 50`.
         stats: write the statistics as one JSON object to this file.
     """
 
@@ -103,6 +107,7 @@ class Options:
     compare: bool = False
     stats: str | None = None
     canvas: CanvasOptions = field(default_factory=CanvasOptions)
+    media: MediaOptions = field(default_factory=MediaOptions)
 
     @property
     def sampling(self) -> Sampling:
@@ -161,7 +166,9 @@ def parse_options(arguments: list[str]) -> Options:
     try:
         values = parser.instantiate(parsed)
     except ValueError as error:
-        raise ConfigError(f"config error: {root_cause(error)}") from error
+        refusal = constructor_refusal(str(error))
+        reason = root_cause(error) if refusal is None else refusal[0]
+        raise ConfigError(f"config error: {reason}") from error
     values.pop("config")
     options = Options(**vars(values))
     check_options(options)
@@ -189,7 +196,10 @@ def check_options(options: Options) -> None:
         wrong("drafter", "a run has its own drafter; spell out the target too, in a --config")
     if (options.prompt is None) == (options.prompts is None):
         wrong("prompt", "give --prompt TEXT, or --prompts FILE with --output FILE; one of the two")
+    media = options.run is not None and is_media_run(options.run)
     for name in ("output", "devices", "batch_size", "limit", "template"):
+        if media and name in ("output", "batch_size"):
+            continue
         if options.prompts is None and getattr(options, name) != getattr(Options, name):
             wrong(name, "is for a file of prompts (--prompts FILE)")
     for name in ("compare", "show_drafts"):
@@ -210,6 +220,8 @@ def _check_paths(options: Options) -> None:
             wrong(name, f"there is no folder '{Path(path).parent}'")
         if path is not None and Path(path).is_dir():
             wrong(name, f"'{path}' is a folder, not a file")
+        if path is not None and Path(path).exists() and not Path(path).is_file():
+            wrong(name, f"'{path}' is a device or the like, not a file")
     files = [(n, getattr(options, n)) for n in ("prompts", "output", "stats")]
     given = [(name, path) for name, path in files if path is not None]
     for (name, path), (other, before) in itertools.combinations(reversed(given), 2):

@@ -1,0 +1,189 @@
+"""Samples of a diffusion model: a progress bar, the file, then the numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from specstream.files import write_whole
+from specstream.generation.command.comparison import REPEATS
+from specstream.generation.command.display import guarantee_of, say
+from specstream.generation.command.one_prompt import INTERRUPTED
+from specstream.generation.command.options import Options, wrong
+from specstream.generation.denoising import DenoisingPipeline
+from specstream.generation.media_loading import MediaRun
+from specstream.media_processor import MediaProcessor
+from specstream.structures import Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What one way of sampling gave; `seconds` are a median where it was repeated."""
+
+    name: str
+    samples: Tensor
+    stats: Stats
+    seconds: float
+
+
+def generate_media(run: MediaRun, options: Options) -> int:
+    """Sample what the prompt asks for and write it; returns the exit code, 130 after Ctrl-C.
+
+    Raises ValueError for a prompt that the model does not know, or a file it cannot write.
+    """
+    path = output_path(options, run.processor)
+    condition = condition_of(run.processor, options.prompt or "", options.media.samples)
+    if options.compare and run.pipeline.drafter is None:
+        raise ValueError("compare: this is the plain target already, there is no drafter")
+    rows: list[Sampled] = []
+    try:
+        first = show_progress(run.pipeline, condition, options)
+        if options.compare:
+            say("comparing with the plain target ...")
+            rows = compare(run.pipeline, condition, options)
+    except KeyboardInterrupt:
+        say("interrupted; nothing was written")
+        return INTERRUPTED
+    run.processor.write(first, path)
+    stats = replace(run.pipeline.stats, modality=run.processor.kind)
+    for line in media_report(stats):
+        say(line)
+    say(f"wrote {path}")
+    if rows:
+        beside = path.with_name(f"{path.stem}-compare{path.suffix}")
+        run.processor.write(torch.cat([row.samples for row in rows]), beside)
+        for line in comparison_report(rows):
+            say(line)
+        say(f"wrote {beside}: {', then '.join(row.name for row in rows)}")
+    if options.stats is not None:
+        import json
+
+        facts = stats.as_dict() | comparison_facts(rows)
+        write_whole(Path(options.stats), json.dumps(facts, indent=2) + "\n")
+    return 0
+
+
+def output_path(options: Options, processor: MediaProcessor) -> Path:
+    """Return the file that is written; ValueError where its kind is another."""
+    if options.output is None:
+        wrong("output", f"needed: the {processor.suffix} file that gets the {processor.kind}")
+    path = Path(str(options.output))
+    if path.suffix != processor.suffix:
+        wrong("output", f"this model makes {processor.suffix} files, not '{path.suffix}'")
+    beside = path.with_name(f"{path.stem}-compare{path.suffix}")
+    if options.compare and beside.exists() and not options.overwrite:
+        wrong("output", f"'{beside}' exists; give --overwrite true to replace it")
+    return path
+
+
+def condition_of(processor: MediaProcessor, prompt: str, samples: int) -> dict[str, Tensor]:
+    """Return what the network is told: the class that the prompt names, none for no prompt."""
+    if not processor.classes:
+        if prompt:
+            wrong("prompt", 'this model takes none: give --prompt ""')
+        return {}
+    number = processor.class_number(prompt) if prompt else -1
+    return {"classes": torch.full((samples,), number)}
+
+
+def show_progress(
+    pipeline: DenoisingPipeline, condition: Mapping[str, Tensor], options: Options
+) -> Tensor:
+    """Sample once with a bar that counts steps, and shows rounds and acceptance."""
+    samples = options.media.samples
+    columns = (
+        TextColumn("denoising"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[values]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=samples * pipeline.grid.num_steps, values="")
+        for step in pipeline.generate(samples, condition, seed=options.seed):
+            stats = pipeline.stats
+            kept = "" if stats.acceptance is None else f", {stats.acceptance:.0%} of drafts stand"
+            values = f"{stats.target_calls} rounds{kept}"
+            bar.update(task, advance=step.accepted + 1, values=values)
+    return pipeline.samples
+
+
+def compare(
+    pipeline: DenoisingPipeline, condition: Mapping[str, Tensor], options: Options
+) -> list[Sampled]:
+    """Time the pipeline, the plain target, and the plain target with as many steps as rounds."""
+    media = options.media
+    pipeline.complete(media.samples, condition, seed=options.seed)
+    rounds = round(pipeline.stats.target_calls / max(1, -(-media.samples // pipeline.batch_size)))
+    fewer = max(1, min(rounds, media.steps - 1))
+
+    def plain(num_steps: int) -> DenoisingPipeline:
+        return DenoisingPipeline(
+            pipeline.target, num_steps, media.eta, media.guidance, batch_size=pipeline.batch_size
+        )
+
+    ways = {
+        "drafted": pipeline,
+        f"plain, {media.steps} steps": plain(media.steps),
+        f"plain, {fewer} steps": plain(fewer),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    found = {}
+    for _ in range(REPEATS):
+        for name, way in ways.items():
+            found[name] = way.complete(media.samples, condition, seed=options.seed)
+            seconds[name].append(way.stats.seconds)
+    return [
+        Sampled(name, found[name], way.stats, statistics.median(seconds[name]))
+        for name, way in ways.items()
+    ]
+
+
+def media_report(stats: Stats) -> list[str]:
+    """Return the table of a run, one line for each number."""
+    rows = [
+        ("guarantee", guarantee_of(stats)),
+        ("samples", f"{stats.prompts} in {stats.seconds:.2f} s"),
+        ("target rounds", f"{stats.target_calls}, of {stats.target_rows} rows in all"),
+    ]
+    if stats.accepted_length is not None and stats.draft_calls:
+        rows.append(("accepted length", f"{stats.accepted_length:.2f} steps a round (tau)"))
+    if stats.acceptance is not None:
+        rows.append(("acceptance", f"{stats.acceptance:.1%} of {sum(stats.tested)} tested drafts"))
+        rows.append(("alpha by step", " ".join(f"{alpha:.2f}" for alpha in stats.alphas)))
+    width = max(len(name) for name, _ in rows) + 2
+    return [f"{name:<{width}}{value}" for name, value in rows]
+
+
+def comparison_report(rows: list[Sampled]) -> list[str]:
+    """Return a line for each way of sampling."""
+    lines = [f"{'':<18}{'rounds':>8}{'rows':>8}{'seconds':>10}"]
+    for row in rows:
+        stats = row.stats
+        counts = f"{stats.target_calls:>8}{stats.target_rows:>8}"
+        lines.append(f"{row.name:<18}{counts}{row.seconds:>10.3f}")
+    lines.append(
+        "the drafted samples have the law of the plain ones with as many steps; each run draws "
+        "its own"
+    )
+    return lines
+
+
+def comparison_facts(rows: list[Sampled]) -> dict[str, object]:
+    """Return the keys that `--compare` adds to `--stats`."""
+    if not rows:
+        return {}
+    ours, plain = rows[0], rows[1]
+    return {
+        "baseline_seconds": plain.seconds,
+        "baseline_target_calls": plain.stats.target_calls,
+        "speedup": plain.seconds / ours.seconds,
+        "identical": None,
+    }

@@ -1,0 +1,139 @@
+"""generate.py on a diffusion model: the files it writes, what it compares, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from specstream.cli import generate
+from specstream.drafters import ResidualDenoiser
+from specstream.drafters.state_loading import save_state_drafter
+from specstream.media_processor import MediaProcessor
+from specstream.models import Denoiser, FlowSchedule, PatchTransformer
+from specstream.models.denoiser import load_denoiser
+
+
+def network(in_channels: int, patch: tuple[int, ...], num_times: int = 1) -> PatchTransformer:
+    torch.manual_seed(0)
+    net = PatchTransformer(in_channels, 1, patch, 16, 1, 2, num_times, num_classes=3)
+    torch.nn.init.normal_(net.write.weight, std=0.2)
+    return net
+
+
+@pytest.fixture
+def image_run(tmp_path: Path) -> Path:
+    run = tmp_path / "tiny"
+    Denoiser(network(1, (2, 2)), FlowSchedule(), (1, 4, 4)).save(run / "model")
+    MediaProcessor("image", enlarge=2, classes=("a", "b", "c")).save(run / "model")
+    return run
+
+
+@pytest.fixture
+def draft_run(image_run: Path, tmp_path: Path) -> Path:
+    run = tmp_path / "drafter"
+    target = load_denoiser(image_run / "model")
+    save_state_drafter(run / "draft", ResidualDenoiser(network(2, (2, 2), 2)), target)
+    return run
+
+
+def test_samples_lie_side_by_side_in_a_png(image_run: Path, tmp_path: Path) -> None:
+    output, stats = tmp_path / "sheet.png", tmp_path / "stats.json"
+    code = generate(
+        ["--run", str(image_run), "--prompt", "b", "--output", str(output), "--stats", str(stats)]
+        + ["--media.samples", "4", "--media.steps", "6", "--media.free_draft", "estimate"]
+    )
+    assert code == 0
+    assert Image.open(output).size == (17, 17)  # two by two of 8, a line between
+    found = json.loads(stats.read_text())
+    assert found["modality"] == "image" and found["guarantee"] == "exact law"
+    assert found["elements"] == 24 and found["target_calls"] <= 6
+
+
+def test_compare_writes_the_plain_samples_beside(draft_run: Path, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "x.png"
+    arguments = ["--run", str(draft_run), "--prompt", "a", "--output", str(output)]
+    arguments += ["--media.steps", "8", "--media.window", "4", "--compare", "true"]
+    assert generate(arguments) == 0
+    assert (tmp_path / "x-compare.png").is_file()
+    shown = capsys.readouterr().err
+    assert "plain, 8 steps" in shown and "drafted" in shown
+    assert generate(arguments) == 2
+    assert "x.png' exists; give --overwrite true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind, shape, patch", [("video", (1, 3, 4, 4), (1, 2, 2)), ("audio", (1, 64), (8,))]
+)
+def test_videos_and_sounds_are_written_as_files_that_open(
+    kind: str, shape: tuple[int, ...], patch: tuple[int, ...], tmp_path: Path
+) -> None:
+    import imageio_ffmpeg
+    import soundfile
+
+    run = tmp_path / kind
+    Denoiser(network(1, patch), FlowSchedule(), shape).save(run / "model")
+    processor = MediaProcessor(kind, frame_rate=5, enlarge=8)  # type: ignore[arg-type]
+    processor.save(run / "model")
+    output = tmp_path / f"out{processor.suffix}"
+    arguments = ["--run", str(run), "--prompt", "", "--output", str(output), "--media.steps", "3"]
+    assert generate(arguments) == 0
+    if kind == "audio":
+        assert soundfile.info(output).frames == 64
+        return
+    reader = imageio_ffmpeg.read_frames(str(output))
+    facts = next(reader)
+    assert facts["size"] == (32, 32) and facts["fps"] == 5 and len(list(reader)) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["--prompt", "z"], "'z' is no class of this model; it knows a, b, c"),
+        (["--prompt", "a", "--output", "x.mp4"], "makes .png files, not '.mp4'"),
+        (["--prompt", "a", "--temperature", "1"], "temperature: is for text"),
+        (["--prompt", "a", "--media.eta", "0", "--media.free_draft", "estimate"], "eta 0 is a det"),
+        (["--prompt", "a", "--media.window", "4"], "nothing drafts here: give a free_draft"),
+        (["--prompt", "a", "--compare", "true"], "this is the plain target already"),
+        (["--prompt", "a", "--media.steps", "0"], "media.steps must be in 1..10000, got 0"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    arguments: list[str], line: str, image_run: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["--run", str(image_run), *arguments]
+    given += [] if "--output" in arguments else ["--output", "y.png"]
+    assert generate(given) == 2
+    shown = capsys.readouterr().err.strip()
+    assert line in shown and len(shown.splitlines()) == 1
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_drafter_of_another_target_is_refused(draft_run: Path, image_run: Path, capsys) -> None:
+    other = network(1, (2, 2))
+    torch.nn.init.normal_(other.write.weight, std=0.3)
+    Denoiser(other, FlowSchedule(), (1, 4, 4)).save(image_run / "model")
+    assert generate(["--run", str(draft_run), "--prompt", "a", "--output", "y.png"]) == 2
+    assert "not for this one (fingerprint" in capsys.readouterr().err
+
+
+def test_damaged_files_are_named(image_run: Path, tmp_path: Path, capsys) -> None:
+    (image_run / "model" / "denoiser.safetensors").write_bytes(b"nothing")
+    given = ["--run", str(image_run), "--prompt", "a", "--output", str(tmp_path / "y.png")]
+    assert generate(given) == 2
+    assert "holds a damaged denoiser" in capsys.readouterr().err
+
+
+def test_a_failed_write_leaves_nothing(image_run: Path, tmp_path: Path) -> None:
+    processor = MediaProcessor("image")
+    with pytest.raises((OSError, TypeError, ValueError)):
+        processor.write(torch.zeros(1, 7, 4, 4), tmp_path / "bad.png")  # seven channels
+    assert not list(tmp_path.glob("*bad*"))
+
+
+def test_pixels_are_the_states_in_bytes() -> None:
+    bytes_ = MediaProcessor("image").pictures(torch.tensor([[[[-1.0, 0.0, 1.0, 9.0]]]]))
+    assert np.array_equal(bytes_[0, 0, :, 0], [0, 128, 255, 255])
