@@ -21,6 +21,7 @@ from specstream.training.masked_diffusion import MaskedDiffusionModule
 from specstream.training.medusa import MedusaModule
 from specstream.training.optimization import ConstantRate, Schedule, WarmupCosine
 from specstream.training.residual import RejectionProbability, ResidualModule, SquaredError
+from specstream.training.sampling import HeldOutSampling
 from specstream.training.self_speculative import SelfSpeculativeModule
 from specstream.training.streaming import StreamingModule
 from specstream.training.wandb_run import WandbRun
@@ -37,6 +38,7 @@ __all__ = [
     "ExponentialDecay",
     "HeldOutDecoding",
     "HeldOutFilling",
+    "HeldOutSampling",
     "LanguageModelingModule",
     "LossSum",
     "MaskedDiffusionModule",

@@ -25,6 +25,7 @@ from specstream.models.patch_transformer import PatchTransformer
 from specstream.sampling import Noise, Role
 from specstream.training.base import Batch, LossSum, SummedLossModule
 from specstream.training.optimization import Schedule
+from specstream.training.sampling import HeldOutSampling
 from specstream.transitions import Prediction, data_estimate, network_output
 
 VALIDATION = -1  # stands for the epoch: validation draws the same noise every time
@@ -39,6 +40,7 @@ class DenoisingModule(SummedLossModule):
         prediction: what the network predicts.
         target: folder of a trained diffusion model; the run is then that of a drafter.
         class_dropout: share of rows whose class is hidden, so that guidance can be used.
+        decoding: what validation samples; None: nothing.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class DenoisingModule(SummedLossModule):
         prediction: Prediction = Prediction.FLOW,
         target: str | None = None,
         class_dropout: float = 0.1,
+        decoding: HeldOutSampling | None = None,
         optimizer: OptimizerCallable = AdamW,
         schedule: Schedule | None = None,
     ) -> None:
@@ -55,6 +58,7 @@ class DenoisingModule(SummedLossModule):
         if not 0 <= class_dropout <= 1:
             raise ValueError(f"class_dropout must be in [0, 1], got {class_dropout}")
         self.class_dropout = class_dropout
+        self.decoding = decoding
         self.target = None if target is None else load_denoiser(target)
         if self.target is not None:
             self.target.eval().requires_grad_(False)
@@ -92,6 +96,14 @@ class DenoisingModule(SummedLossModule):
         errors = (said - aim).square().flatten(1).mean(1)
         real = batch["real"].to(errors)
         return LossSum((errors * real).sum(), real.sum())
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.decoding is not None:
+            processor = self.trainer.datamodule.processor  # type: ignore[attr-defined]
+            drafter = None if self.target is None else IndependentDenoiser(self.denoiser)
+            found = self.decoding.run(self, self.target or self.denoiser, drafter, processor)
+            self.log_dict(found, rank_zero_only=True)
 
     def _condition(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         """Return the classes of the rows, some of them hidden."""

@@ -33,6 +33,7 @@ from specstream.structures import StateContext
 from specstream.training.base import Batch, LossSum, SummedLossModule
 from specstream.training.denoising import VALIDATION
 from specstream.training.optimization import Schedule
+from specstream.training.sampling import HeldOutSampling
 from specstream.transitions import StepGrid, estimate_weights, step_stds, transition
 from specstream.verification.gaussian import step_acceptance
 
@@ -89,6 +90,7 @@ class ResidualModule(SummedLossModule):
         windows_per_row: W, windows that are used of each trajectory.
         step_loss: what is minimised.
         at_once: guess all steps of a window in one pass.
+        decoding: what validation samples; None: nothing.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class ResidualModule(SummedLossModule):
         windows_per_row: int = 8,
         step_loss: StepLoss = RejectionProbability(),
         at_once: bool = False,
+        decoding: HeldOutSampling | None = None,
         optimizer: OptimizerCallable = AdamW,
         schedule: Schedule | None = None,
     ) -> None:
@@ -115,6 +118,9 @@ class ResidualModule(SummedLossModule):
         self.eta, self.window, self.windows_per_row = eta, window, windows_per_row
         self.grid = self.target.schedule.grid(num_steps)
         self.step_loss = step_loss
+        self.decoding = decoding
+        if at_once and decoding is not None and decoding.window > window:
+            raise ValueError(f"decoding.window {decoding.window} exceeds the window of {window}")
         self.drafter: ResidualDenoiser | WindowDenoiser
         self.drafter = WindowDenoiser(network, window) if at_once else ResidualDenoiser(network)
 
@@ -162,6 +168,13 @@ class ResidualModule(SummedLossModule):
         }
         sums = {name: (value.detach() * real).sum() for name, value in metrics.items()}
         return LossSum((losses * real).sum(), real.sum(), sums)
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.decoding is not None:
+            processor = self.trainer.datamodule.processor  # type: ignore[attr-defined]
+            found = self.decoding.run(self, self.target, self.drafter, processor)
+            self.log_dict(found, rank_zero_only=True)
 
     def _guess(self, states: Tensor, at: Tensor, context: StateContext, grid: StepGrid) -> Tensor:
         if isinstance(self.drafter, ResidualDenoiser):

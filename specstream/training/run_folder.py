@@ -5,6 +5,7 @@
         last.ckpt  best.ckpt          every trained tensor, and what resuming needs
         draft/ or model/              what generation loads
         target/                       a target that was tuned together with its drafter
+        samples/                      what validation of media has sampled
         .replaced/                    the run before, until this one has saved something
 
 A run that exists is refused, unless it is resumed or `--overwrite true` is given.  A run that is
@@ -22,7 +23,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 
 WRITTEN_FILES = ("config.yaml", "provenance.json", "metrics.jsonl", "samples.jsonl", "wandb.json")
-WRITTEN_FOLDERS = ("draft", "model", "target")
+WRITTEN_FOLDERS = ("draft", "model", "target", "samples")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""Validation of diffusion models that really samples: a picture to look at, and rounds counted.
+
+A sheet of samples goes to `samples/step-N` in the run folder and, where the logger is W&B, there;
+of a drafter val/round_ratio is logged (steps of the plain sampler over rounds of the drafted one)
+and val/drafts_stand (accepted over tested drafted steps).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+
+from specstream.drafters.denoising import StateDrafter
+from specstream.generation.denoising import DenoisingPipeline
+from specstream.generation.lengths import FixedLength
+from specstream.media_processor import MediaProcessor
+from specstream.models.denoiser import Denoiser
+
+FOLDER = "samples"
+
+
+@dataclass(frozen=True)
+class HeldOutSampling:
+    """What validation samples: so many samples, evenly over the classes, the same noise each time.
+
+    `num_steps` and `eta` are the sampler's, `window` is how many steps a drafter drafts at most.
+    """
+
+    num_samples: int = 16
+    num_steps: int = 50
+    eta: float = 1.0
+    window: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+        FixedLength(self.window)  # what it refuses is refused here
+
+    def run(
+        self,
+        module: L.LightningModule,
+        target: Denoiser,
+        drafter: StateDrafter | None,
+        processor: MediaProcessor,
+    ) -> dict[str, float]:
+        """Sample in the first process, show it, and return what is to be logged."""
+        if not module.trainer.is_global_zero or module.trainer.sanity_checking:
+            return {}
+        pipeline = DenoisingPipeline(
+            target,
+            self.num_steps,
+            self.eta,
+            drafter=drafter,
+            lengths=None if drafter is None else FixedLength(self.window),
+            batch_size=self.num_samples,
+        )
+        condition = {}
+        if processor.classes:
+            numbers = torch.arange(self.num_samples) % len(processor.classes)
+            condition["classes"] = numbers.to(module.device)
+        samples = pipeline.complete(self.num_samples, condition, seed=self.seed)
+        self._show(module, samples, processor)
+        stats = pipeline.stats
+        if drafter is None:
+            return {}
+        ratio = self.num_samples * self.num_steps / stats.full_rounds
+        return {"val/round_ratio": ratio, "val/drafts_stand": stats.acceptance or 0.0}
+
+    def _show(
+        self, module: L.LightningModule, samples: torch.Tensor, processor: MediaProcessor
+    ) -> None:
+        step = module.global_step
+        path = Path(module.trainer.default_root_dir) / FOLDER / f"step-{step:06d}{processor.suffix}"
+        processor.write(samples, path)
+        for logger in module.trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                import wandb
+
+                kind = {"image": wandb.Image, "video": wandb.Video, "audio": wandb.Audio}
+                made = kind[processor.kind](str(path))
+                logger.experiment.log({"val/samples": made, "trainer/global_step": step})
