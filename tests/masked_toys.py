@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def masked_lm(
     sharpness: float = 20.0,
     max_positions: int = 128,
     mask_id: int = MASK,
+    corruption: float = 0.1,
 ) -> PretrainedMaskedLM:
     """Return an untrained masked model whose laws are peaked and depend on all of the canvas.
 
@@ -63,6 +64,7 @@ def masked_lm(
         if weight.dim() > 1:
             weight.mul_(15)
     lm.model.get_output_embeddings().weight.mul_(sharpness / 15)
+    lm.form = replace(lm.form, corruption=corruption)
     return lm.eval().requires_grad_(False)
 
 
@@ -75,7 +77,7 @@ class ScriptedMasked(PretrainedMaskedLM):
     def __init__(self, script: Sequence[int], vocab_size: int = VOCABULARY) -> None:
         torch.nn.Module.__init__(self)
         self.script = torch.tensor(script)
-        self.form = MaskedForm(MASK)
+        self.form = MaskedForm(MASK, corruption=0.1)
         self.vocab_size, self.max_positions, self.path = vocab_size, None, ""
         self.calls: list[Tensor] = []
 

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def test_a_file_of_prompts_is_filled_in_order(
         ("target", "--canvas.nested_steps 2 --temperature 1", "temperature 0 only"),
         ("drafter", "--canvas.nested_steps 2", "nested steps are the target's own"),
         ("drafter", "--canvas.copies 0", "copies must be at least 1"),
+        ("drafter", "--canvas.copies 1", "it was not trained with corruption to score tokens"),
         ("head", "--canvas.guidance 1", "neither guidance nor block_tokens"),
         ("head", "--canvas.windows 0", "num_windows"),
         ("head", "--compile true", "verifies itself: compile has no use"),
@@ -300,6 +302,23 @@ def test_the_drafter_is_as_sure_as_it_was_built_unless_said(runs: Path) -> None:
         assert isinstance(pipeline, DualDiffusionPipeline)
         assert isinstance(pipeline.drafter, MaskedDraftModel)
         assert pipeline.drafter.sure == sure
+
+
+def test_a_target_trained_with_corruption_is_shown_the_whole_draft_unless_said(
+    runs: Path, tmp_path: Path
+) -> None:
+    tokenizer, trained = train_character_tokenizer(["abcdefghijkl"]), network()
+    trained.form = replace(trained.form, corruption=0.1)
+    trained.save(tmp_path / "model", tokenizer)
+    drafter, processor = MaskedDraftModel(trained, lambda: network(4, 16)), TextProcessor(tokenizer)
+    (tmp_path / "run").mkdir()
+    save_drafter(tmp_path / "run" / "draft", drafter, processor, str(tmp_path / "model"))
+    for run, copies in ((runs / "drafter", 2), (tmp_path / "run", 1)):
+        for options, expected in (([], copies), (["--canvas.copies", "3"], 3)):
+            arguments = ["--run", str(run), "--prompt", PROMPT, *options]
+            pipeline = make_pipeline(parse_options(arguments), "cpu")
+            assert isinstance(pipeline, DualDiffusionPipeline)
+            assert pipeline.copies == expected
 
 
 def test_only_a_masked_draft_model_is_told_how_sure_to_be(runs: Path) -> None:

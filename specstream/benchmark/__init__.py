@@ -6,9 +6,11 @@ Reading order: `prompts` (what is decoded), `pair` (the models), `methods` (who 
 (one warm decoder each), `timing` (alternating runs), `speed` (the table of speeds), `speed_rows`
 (what is derived), `distillation` (the table of divergences), `questions`,
 `drafter_study` and `drafter_rows` (the table of drafters, with task metrics), `masked_prompts`,
-`masked_methods`, `masked_study`, `masked_rows` and `pareto` (the table of fillings: masked
-diffusion, quality against calls), `step_study` (a step of both its models), `rows` (the results
-file), `tables`, `plots`, `masked_plots` and `readme` (what is made of it), `command` (the command
+`masked_methods`, `masked_study`, `masked_rows`, `masked_scores` and `pareto` (the table of
+fillings: masked diffusion, quality against calls), `step_study` (a step of both its models),
+`media_methods`, `media_curves`, `media_study`, `media_rows` and `media_records` (the tables of
+media: drafts that keep a law, solvers that miss a solution), `rows` (the results file), `tables`,
+`plots`, `masked_plots`, `media_plots` and `readme` (what is made of it), `command` (the command
 line).  `sweep` trains what `distillation` compares.
 """
 
@@ -30,6 +32,15 @@ from specstream.benchmark.masked_prompts import (
     ReferencedPrompts,
 )
 from specstream.benchmark.masked_study import MaskedStudy, MaskedTask
+from specstream.benchmark.media_curves import AcceptByError, Picard, SolverCurve, SolverSteps
+from specstream.benchmark.media_methods import (
+    EqualRounds,
+    FreeDraft,
+    PlainSteps,
+    SamplingMethod,
+    TrainedDraft,
+)
+from specstream.benchmark.media_study import MediaStudy, MediaTask
 from specstream.benchmark.methods import (
     Drafted,
     Method,
@@ -45,33 +56,44 @@ from specstream.benchmark.step_study import StepStudy
 from specstream.benchmark.study import Study
 
 __all__ = [
+    "AcceptByError",
     "CanvasPrompts",
     "DistillationStudy",
     "DraftAndVerify",
     "Drafted",
     "DrafterAlone",
     "DrafterStudy",
+    "EqualRounds",
     "FilePrompts",
+    "FreeDraft",
     "HeldOutCanvases",
     "HeldOutPrompts",
     "JudgedTask",
     "MaskedMethod",
     "MaskedStudy",
     "MaskedTask",
+    "MediaStudy",
+    "MediaTask",
     "Method",
     "NestedSteps",
     "NoPrompt",
+    "Picard",
     "Plain",
     "PlainSampling",
+    "PlainSteps",
     "PromptSource",
     "PublishedPuzzles",
     "QuestionFile",
     "ReferencedPrompts",
+    "SamplingMethod",
     "SelfSpeculative",
+    "SolverCurve",
+    "SolverSteps",
     "Speculative",
     "SpeedStudy",
     "StepStudy",
     "Study",
+    "TrainedDraft",
     "Transformers",
     "TransformersAssisted",
 ]

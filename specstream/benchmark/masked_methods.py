@@ -27,7 +27,7 @@ from specstream.generation.self_speculative_pipeline import SelfSpeculativePipel
 from specstream.models import PretrainedMaskedLM
 from specstream.processors import TextProcessor
 from specstream.sampling import Sampling
-from specstream.structures import Stats
+from specstream.structures import MAX_DRAFT, Stats
 from specstream.unmasking import StaticSchedule, Threshold, Unmasking
 from specstream.verification import CanvasVerifier, ConfidenceThreshold, NoVerification
 
@@ -76,6 +76,12 @@ class MaskedModels:
             unmasking if unmasking is not None else drafter.unmasking,
             sure if sure is not None else drafter.sure,
         )
+
+    def unaided_drafter(self, run: str, unmasking: Unmasking | None) -> CanvasDrafter:
+        """Return the drafter of a run folder as one that fills what it is not sure of too."""
+        drafter = self.drafter(run, unmasking)
+        is_choosy = isinstance(drafter, MaskedDraftModel) and drafter.sure > 0
+        return self.drafter(run, unmasking, sure=0.0) if is_choosy else drafter
 
     def self_speculative(
         self, run: str, num_windows: int, speculate: bool, filling: Filling
@@ -178,7 +184,7 @@ class NestedSteps(MaskedMethod):
     Args:
         name: what the table calls it.
         unmasking: the schedule whose output is reproduced.
-        lengths: how many of its steps are drafted.
+        lengths: how many of its steps are drafted; CostModelLength chooses by measured costs.
         tasks: names of the tasks it is for; null for all.
     """
 
@@ -189,7 +195,6 @@ class NestedSteps(MaskedMethod):
     kind = "nested steps"
 
     def __post_init__(self) -> None:
-        _check_lengths(self.name, self.lengths)
         if self.unmasking.order == "random":
             raise ValueError(f"method '{self.name}': nested steps need an order, not 'random'")
 
@@ -217,8 +222,10 @@ class DraftAndVerify(MaskedMethod):
         name: what the table calls it.
         run: a run folder, or its draft/.
         verifier: the rule.
-        lengths: how many denoising steps the drafter makes in a round.
-        copies: of the canvas on which a draft is scored; 1 shows it whole.
+        lengths: how many denoising steps the drafter makes in a round; CostModelLength chooses by
+            measured costs.
+        copies: of the canvas on which a draft is scored; 1 shows it whole; null is 1 for a target
+            trained with corruption, else 2.
         unmasking: which positions the target fills in steps of its own.
         draft_unmasking: which positions a step of the drafter fills; null is the drafter's own.
         sure: guesses of the drafter less probable are left to the target; null is its own.
@@ -230,16 +237,13 @@ class DraftAndVerify(MaskedMethod):
     run: str
     verifier: CanvasVerifier = field(default_factory=lambda: ConfidenceThreshold(0.5))
     lengths: DraftLength = field(default_factory=lambda: FixedLength(4))
-    copies: int = 1
+    copies: int | None = None
     unmasking: Unmasking = field(default_factory=lambda: Threshold(0.9))
     draft_unmasking: Unmasking | None = None
     sure: float | None = None
     max_target_calls: int | None = None
     tasks: list[str] | None = None
     kind = "draft and verify"
-
-    def __post_init__(self) -> None:
-        _check_lengths(self.name, self.lengths)
 
     def pipeline(self, models: MaskedModels, filling: Filling) -> MaskedPipeline:
         return DualDiffusionPipeline(
@@ -260,6 +264,9 @@ class DraftAndVerify(MaskedMethod):
 class DrafterAlone(MaskedMethod):
     """The drafter fills the canvas by itself: what verifying has to be better than.
 
+    All its steps are one round, in which finished blocks stay cached, and no guess is left to the
+    target.
+
     Args:
         name: what the table calls it.
         run: a run folder, or its draft/.
@@ -276,10 +283,10 @@ class DrafterAlone(MaskedMethod):
     def pipeline(self, models: MaskedModels, filling: Filling) -> MaskedPipeline:
         return DualDiffusionPipeline(
             models.target,
-            models.drafter(self.run, self.unmasking),
+            models.unaided_drafter(self.run, self.unmasking),
             models.processor,
             NoVerification(),
-            FixedLength(1),
+            FixedLength(MAX_DRAFT),
             sampler=filling.sampler(StaticSchedule(1)),
             batch_size=filling.batch_size,
             compile=filling.compile,
@@ -315,10 +322,3 @@ class SelfSpeculative(MaskedMethod):
 
     def pipeline(self, models: MaskedModels, filling: Filling) -> MaskedPipeline:
         return models.self_speculative(self.run, self.num_windows, self.speculate, filling)
-
-
-def _check_lengths(name: str, lengths: DraftLength) -> None:
-    if lengths.needs_costs:
-        raise ValueError(
-            f"method '{name}': {type(lengths).__name__} needs measured costs; give FixedLength"
-        )

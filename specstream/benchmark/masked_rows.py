@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from specstream.benchmark.masked_judge import CausalJudge
 from specstream.benchmark.masked_methods import (
@@ -13,13 +15,22 @@ from specstream.benchmark.masked_methods import (
     FillingRunner,
     MaskedMethod,
     PlainSampling,
+    SelfSpeculative,
 )
 from specstream.benchmark.masked_prompts import CanvasQuestion
-from specstream.benchmark.pareto import Point, fewest_steps, lies_above
+from specstream.benchmark.masked_scores import (
+    Judged,
+    Scores,
+    Verdict,
+    difference,
+    matched,
+)
+from specstream.benchmark.pareto import Point, fewest_steps, lies_above, on_curve
 from specstream.benchmark.rows import (
     FillingCosts,
     Machine,
     MaskedRow,
+    MatchedQuality,
     PlainComparison,
     SampleQuality,
 )
@@ -28,6 +39,7 @@ from specstream.benchmark.timing import Measured, ratio_interval
 from specstream.metrics import DistinctN, JudgeNLL, Solved, TextQuality, TokenEntropy
 from specstream.processors import TextProcessor
 from specstream.structures import Stats
+from specstream.unmasking import StaticSchedule
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class Filled:
     method: MaskedMethod
     measured: Measured
     samples: SampleQuality
+    scores: Scores
     costs: FillingCosts
 
     @property
@@ -45,12 +58,21 @@ class Filled:
         return isinstance(self.method, PlainSampling)
 
     @property
+    def is_random(self) -> bool:
+        """Whether it is the target alone, on a schedule in random order."""
+        rule = self.method.unmasking if isinstance(self.method, PlainSampling) else None
+        return isinstance(rule, StaticSchedule) and rule.order == "random"
+
+    @property
     def score(self) -> float:
         """The number that decides, higher is better: the first of the task's, or the judge's."""
-        if self.samples.quality:
-            return next(iter(self.samples.quality.values()))
-        assert self.samples.judge_nll is not None, "the study's check asks for one of them"
-        return -self.samples.judge_nll
+        return self.scores.mean
+
+    @property
+    def judged(self) -> Judged:
+        """What it costs and what the judge says."""
+        assert self.samples.judge_nll is not None
+        return Judged(self.costs.full_passes, self.samples.judge_nll, self.samples.entropy)
 
     @property
     def by_calls(self) -> Point:
@@ -81,15 +103,15 @@ class MaskedRowMaker:
     ) -> list[MaskedRow]:
         """Return a row for each method; the first plain one is the reference of all."""
         found = [
-            Filled(method, did, self.samples(did), filling_costs(did, method.weighs_calls))
+            Filled(method, did, *self.samples(did), filling_costs(did, method.weighs_calls))
             for method, did in zip(methods, measured, strict=True)
         ]
         plain = [each for each in found if each.is_plain]
         best = plain[fewest_steps([each.by_calls for each in plain], reference=0)]
         return [self._row(each, plain, best) for each in found]
 
-    def samples(self, did: Measured) -> SampleQuality:
-        """Judge what was filled."""
+    def samples(self, did: Measured) -> tuple[SampleQuality, Scores]:
+        """Judge what was filled, all of it and prompt by prompt."""
         ends = self.processor.eos_ids
         rows = [[token for token in tokens if token not in ends] for tokens in did.tokens]
         texts = [self.processor.decode(tokens) for tokens in did.tokens]
@@ -97,29 +119,38 @@ class MaskedRowMaker:
         entropy, distinct = TokenEntropy(), DistinctN(2)
         entropy.update(rows)
         distinct.update(rows)
-        judged: dict[str, float] = {}
+        found, judged = self._scores(prompts, texts), {}
+        decides = None if found is None else Scores(found[:, 0], np.ones(len(texts)))
         if self.judge is not None:
-            surprise = JudgeNLL(self.judge)
+            said = [self.judge(*pair) for pair in zip(prompts, texts, strict=True)]
+            surprise = JudgeNLL(told_again(said))
             surprise.update(prompts, texts)
             judged = {name: float(value) for name, value in surprise.compute().items()}
-        return SampleQuality(
-            quality=self._scores(prompts, texts),
+            if decides is None:
+                sums = np.array([float(each.double().sum()) for each in said])
+                decides = Scores(sums, np.array([float(len(each)) for each in said]))
+        assert decides is not None, "the study's check asks for a quality or a judge"
+        names = () if self.quality is None else self.quality.names
+        means = () if found is None else found.mean(0).tolist()
+        quality = SampleQuality(
+            quality=dict(zip(names, means, strict=True)),
             judge_nll=judged.get("judge_nll"),
             judge_bits_per_character=judged.get("judge_bits_per_character"),
             entropy=float(entropy.compute()),
             distinct_2=float(distinct.compute()),
         )
+        return quality, decides
 
-    def _scores(self, prompts: list[str], texts: list[str]) -> dict[str, float]:
-        """Return the task metric, by name."""
-        if self.quality is None:
-            return {}
-        metric = self.quality.clone()
+    def _scores(self, prompts: list[str], texts: list[str]) -> NDArray[np.float64] | None:
+        """Return the task's scores of each prompt, (N, names)."""
+        metric = self.quality
+        if metric is None:
+            return None
         if isinstance(metric, Solved):
-            metric.update(prompts, texts)
-        else:
-            metric.update(texts, [question.references for question in self.questions])
-        return {name: float(value) for name, value in metric.compute().items()}
+            pairs = zip(prompts, texts, strict=True)
+            return np.array([[float(metric.checker(prompt, text))] for prompt, text in pairs])
+        answers = zip(texts, self.questions, strict=True)
+        return np.array([metric.scores(text, question.references) for text, question in answers])
 
     def _row(self, each: Filled, plain: Sequence[Filled], best: Filled) -> MaskedRow:
         stats = stats_of(each.measured)
@@ -138,6 +169,7 @@ class MaskedRowMaker:
             samples=each.samples,
             costs=each.costs,
             comparison=self._comparison(each, plain, best),
+            matched=self._matched(each, plain),
             acceptance=stats.acceptance,
             mean_drafted=stats.mean_length or None,  # 0: not counted, or nothing was drafted
             machine=self.machine,
@@ -145,10 +177,11 @@ class MaskedRowMaker:
 
     def _comparison(self, each: Filled, plain: Sequence[Filled], best: Filled) -> PlainComparison:
         reference = plain[0]
-        above = above_seconds = None
+        above, above_seconds = (Above(None), Above(None))
         if not each.is_plain:
-            above = lies_above(each.by_calls, [other.by_calls for other in plain])
-            above_seconds = lies_above(each.by_seconds, [other.by_seconds for other in plain])
+            above = lies_surely_above(each, plain, lambda filled: filled.by_calls)
+            above_seconds = lies_surely_above(each, plain, lambda filled: filled.by_seconds)
+        gap = None if each is reference else difference(each.scores, [(reference.scores, 1.0)])
         outputs = zip(each.measured.tokens, reference.measured.tokens, strict=True)
         same = [ours == theirs for ours, theirs in outputs]
         return PlainComparison(
@@ -161,10 +194,48 @@ class MaskedRowMaker:
             call_ratio_vs_best=call_ratio(best, each),
             speedup_vs_best=best.costs.seconds / each.costs.seconds,
             speedup_vs_best_interval=speedup_interval(best, each),
-            above_plain=above,
-            above_plain_seconds=above_seconds,
+            above_plain=above.verdict,
+            above_plain_seconds=above_seconds.verdict,
             identical_share=sum(same) / len(same) if self.filling.sampling.greedy else None,
+            quality_difference=None if gap is None else gap.mean,
+            quality_interval=None if gap is None else gap.interval,
+            above_plain_interval=above.interval,
+            above_plain_seconds_interval=above_seconds.interval,
         )
+
+    def _matched(self, each: Filled, plain: Sequence[Filled]) -> MatchedQuality:
+        """Compare self-speculation with plain sampling in random order, where a judge decides."""
+        random = [other.judged for other in plain if other.is_random] if self.judge else []
+        if self.quality is not None or not random or not isinstance(each.method, SelfSpeculative):
+            return MatchedQuality()
+        return matched(each.judged, random)
+
+
+@dataclass(frozen=True, slots=True)
+class Above:
+    """Whether a method lies above the curve of plain sampling, and by how much at least."""
+
+    verdict: Verdict
+    interval: tuple[float, float] | None = None
+
+
+def lies_surely_above(
+    each: Filled, plain: Sequence[Filled], place: Callable[[Filled], Point]
+) -> Above:
+    """Say whether `each` lies above the curve of the plain ones, if prompts can tell."""
+    points = {place(other): other.scores for other in reversed(plain)}  # of equals the first
+    here = place(each)
+    if lies_above(here, list(points)) is None:
+        return Above(None)
+    curve = on_curve(here.cost, list(points))
+    found = difference(each.scores, [(points[point], share) for point, share in curve])
+    return Above(found.is_above, found.interval)
+
+
+def told_again(said: Sequence[Tensor]) -> Callable[[str, str], Tensor]:
+    """Return a judge that says again, in this order, what it has said before."""
+    words = iter(said)
+    return lambda prompt, text: next(words)
 
 
 def filling_costs(did: Measured, weighs_calls: bool) -> FillingCosts:

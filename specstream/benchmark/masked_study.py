@@ -7,7 +7,6 @@ whether it lies above the curve that plain samplers draw.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from specstream.benchmark.speed import Rounds
 from specstream.benchmark.speed_rows import describe
 from specstream.benchmark.study import Study, check_names, say
 from specstream.benchmark.timing import Plan, alternate
+from specstream.files import read_table
 from specstream.generation import Limits
 from specstream.generation.loading import find_device
 from specstream.metrics import Solved, TextQuality
@@ -84,8 +84,8 @@ class MaskedTask:
             )
         config = Path(self.target, "config.json")
         if config.is_file():
-            found = json.loads(config.read_text())
-            if FORM not in found and found.get("model_type") not in HUB_NETWORKS:
+            found = read_table(config)
+            if FORM not in found and str(found.get("model_type")) not in HUB_NETWORKS:
                 raise ValueError(
                     f"task '{self.name}': '{self.target}' is a causal language model, not a masked "
                     "diffusion one"
@@ -216,11 +216,14 @@ class MaskedStudy(Study):
         pipelines = [method.pipeline(models, filling) for method in methods]
         questions = task.prompts.read(self.num_prompts, task.target, models.processor)
         prompts = [question.tokens for question in questions]
-        for prompt in prompts:  # what does not fit is refused before anything is timed
-            pipelines[0].encode(prompt)
+        # What does not fit is refused before anything is timed.
+        widths = [len(pipelines[0].encode(prompt).tokens) for prompt in prompts]
         numbers = list(range(len(prompts)))
         size = self.batch_size
         blocks = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+        for pipeline in pipelines:  # costs that choose lengths are measured before the clock runs
+            for width in {max(widths[number] for number in block) for block in blocks}:
+                pipeline.prepare(width)
         plan = Plan(prompts, blocks, self.repeats, self.warmups, self.seed, models.place)
         say(f"{task.name}: {len(methods)} ways to fill, {len(prompts)} prompts")
         progress = Rounds(self.repeats * len(blocks))

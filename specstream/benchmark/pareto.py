@@ -43,18 +43,30 @@ def front(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def lies_above(point: Point, plain: Sequence[Point]) -> bool | None:
-    """Say whether a point lies above the curve through the front of the plain ones.
+def on_curve(cost: float, plain: Sequence[Point]) -> list[tuple[Point, float]]:
+    """Return the points whose mean with these shares is the curve's height at a cost.
 
-    Between two of them the curve is linear in the logarithm of the cost, beyond the last it is
-    flat.  What is cheaper than all of them is above where it is also no worse than the cheapest,
-    and else cannot be compared: None.
+    The curve goes through the front of the plain points.  Between two of them it is linear in the
+    logarithm of the cost, beyond the last and before the first it is flat.
     """
     curve = front(plain)
-    if point.cost < curve[0].cost:
-        return True if point.quality >= curve[0].quality else None
+    if cost < curve[0].cost:
+        return [(curve[0], 1.0)]
     for left, right in pairwise(curve):
-        if point.cost < right.cost:
-            share = math.log(point.cost / left.cost) / math.log(right.cost / left.cost)
-            return point.quality > left.quality + share * (right.quality - left.quality)
-    return point.quality > curve[-1].quality
+        if cost < right.cost:
+            share = math.log(cost / left.cost) / math.log(right.cost / left.cost)
+            return [(left, 1.0 - share), (right, share)]
+    return [(curve[-1], 1.0)]
+
+
+def lies_above(point: Point, plain: Sequence[Point]) -> bool | None:
+    """Say whether a point lies above the curve of the plain ones.
+
+    What is cheaper than all of them is above where it is also no worse than the cheapest, and else
+    cannot be compared: None.
+    """
+    cheapest = front(plain)[0]
+    if point.cost < cheapest.cost:
+        return True if point.quality >= cheapest.quality else None
+    height = sum(share * other.quality for other, share in on_curve(point.cost, plain))
+    return point.quality > height

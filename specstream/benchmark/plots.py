@@ -1,6 +1,7 @@
 """Plots beside a results file: speedups with their bounds, acceptance by position, divergences.
 
-Those of masked diffusion, quality against cost, are in `masked_plots`.
+Those of masked diffusion, quality against cost, are in `masked_plots`, and those of media in
+`media_plots`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specstream.benchmark.masked_plots import draw_pareto
+from specstream.benchmark.media_plots import draw_distances, draw_fidelity
 from specstream.benchmark.tables import JsonRow, Table, make_tables, method
 
 
@@ -25,9 +27,9 @@ def write_plots(results: Path, rows: Sequence[JsonRow]) -> list[Path]:
         "distillation": ("tau", draw_taus),
     }
     tables = [table for table in every if table.rows[0]["study"] in first]
-    fillings = [table for table in every if table.rows[0]["study"] == "masked"]
+    fillings = [t for t in every if t.rows[0]["study"] == "masked" and t.is_plotted]
     drawn = [(table, *first[table.rows[0]["study"]]) for table in tables]
-    drawn += [(t, "alpha", draw_alphas) for t in tables if any(row["alphas"] for row in t.rows)]
+    drawn += [(t, "alpha", draw_alphas) for t in every if any(r.get("alphas") for r in t.rows)]
     written = []
     for kind in ("speedup", "tau", "alpha"):
         panels = [(table, draw) for table, name, draw in drawn if name == kind]
@@ -37,6 +39,12 @@ def write_plots(results: Path, rows: Sequence[JsonRow]) -> list[Path]:
     if fillings:
         written.append(results.with_name(f"{results.stem}-pareto.png"))
         _write_figure(written[-1], draw_pareto(fillings))
+    media = {"media": ("rounds", draw_distances), "solvers": ("psnr", draw_fidelity)}
+    for study, (name, draw) in media.items():
+        own = [table for table in every if table.rows[0]["study"] == study]
+        if own:
+            written.append(results.with_name(f"{results.stem}-{name}.png"))
+            _write_figure(written[-1], draw(own))
     return written
 
 

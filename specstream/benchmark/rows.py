@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from specstream.benchmark.media_records import MediaRow, SolverRow
 from specstream.files import write_whole
 
 
@@ -242,9 +243,11 @@ class FillingCosts:
 class PlainComparison:
     """Against plain sampling: the reference, with all its steps, and the fewest steps as good.
 
-    Intervals as for `FillingCosts`.  `above_plain` says whether a method lies above the curve of
-    quality that plain sampling reaches at as many calls, `above_plain_seconds` in as much time;
-    None for plain sampling, and for what is worse and cheaper than all of it.
+    Intervals as for `FillingCosts`.  `quality_difference` is the deciding score minus the
+    reference's (of a judge, how much lower the NLL is).  `above_plain` says whether a method lies
+    above the curve of quality that plain sampling reaches at as many calls, `above_plain_seconds`
+    in as much time: "level" where the interval of the distance from the curve holds zero, None for
+    plain sampling, and for what is worse and cheaper than all of it.
     """
 
     reference: str
@@ -256,9 +259,28 @@ class PlainComparison:
     call_ratio_vs_best: float | None
     speedup_vs_best: float
     speedup_vs_best_interval: tuple[float, float]
-    above_plain: bool | None
-    above_plain_seconds: bool | None
+    above_plain: bool | str | None
+    above_plain_seconds: bool | str | None
     identical_share: float | None  # of the prompts, with the reference, at temperature 0
+    quality_difference: float | None = None  # None: the reference itself
+    quality_interval: tuple[float, float] | None = None
+    above_plain_interval: tuple[float, float] | None = None
+    above_plain_seconds_interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MatchedQuality:
+    """Where plain sampling in random order says what the judge finds as likely, by its full passes.
+
+    For self-speculation on tasks that a judge decides, else empty.  `matched` is "reached" or
+    "beyond the curve"; `matched_ratio` is over the row's own full passes, and `matched_entropy`
+    that of the plain texts there.
+    """
+
+    matched: str | None = None
+    matched_passes: float | None = None
+    matched_ratio: float | None = None
+    matched_entropy: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +302,7 @@ class MaskedRow:
     samples: SampleQuality
     costs: FillingCosts
     comparison: PlainComparison
+    matched: MatchedQuality
     acceptance: float | None
     mean_drafted: float | None
     machine: Machine
@@ -303,8 +326,8 @@ class StepRow:
     machine: Machine
 
 
-Row = SpeedRow | DistillationRow | DrafterRow | MaskedRow | StepRow
-STUDIES = frozenset({"speed", "distillation", "drafters", "masked", "steps"})
+Row = SpeedRow | DistillationRow | DrafterRow | MaskedRow | StepRow | MediaRow | SolverRow
+STUDIES = frozenset({"speed", "distillation", "drafters", "masked", "steps", "media", "solvers"})
 
 
 def describe_machine(device: str, dtype: str, arguments: Sequence[str]) -> Machine:

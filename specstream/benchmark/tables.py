@@ -25,6 +25,7 @@ class Table:
     title: str
     columns: list[Column]
     rows: list[JsonRow]
+    is_plotted: bool = True
 
 
 def number(key: str, form: str) -> Callable[[JsonRow], str]:
@@ -132,9 +133,26 @@ def above_plain(row: JsonRow) -> str:
     if row["kind"] == "plain":
         return ""
     known = {"calls": row["above_plain"], "time": row["above_plain_seconds"]}
-    above = [name for name, is_above in known.items() if is_above]
+    above = [name for name, is_above in known.items() if is_above is True]
+    level = [f"{name} level" for name, is_above in known.items() if is_above == "level"]
     unknown = [f"{name}?" for name, is_above in known.items() if is_above is None]
-    return ", ".join([*above, *unknown]) or "no"
+    return ", ".join([*above, *level, *unknown]) or "no"
+
+
+def quality_difference(row: JsonRow) -> str:
+    """Return how much better than the reference, with its interval; empty in older files."""
+    if row.get("quality_difference") is None:
+        return ""
+    scale, form = (100, "+.2f") if row["quality"] else (1, "+.3f")
+    gap, low, high = (
+        scale * value for value in (row["quality_difference"], *row["quality_interval"])
+    )
+    return f"{gap:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def with_noise(key: str, noise: str) -> Callable[[JsonRow], str]:
+    """Return a cell of a distance and the deviation it would have if there were none."""
+    return lambda row: f"{row[key]:+.4f} (noise {row[noise]:.4f})"
 
 
 SPEED = [
@@ -198,6 +216,7 @@ STEPS = [
 MASKED = [Column("method", filler)]  # then the task metric
 MASKED_AFTER = [
     Column("judge NLL", number("judge_nll", ".3f")),
+    Column("better than all steps", quality_difference),
     Column("bits a character", number("judge_bits_per_character", ".3f")),
     Column("entropy", judged("entropy", ".2f")),
     Column("distinct 2-grams", judged("distinct_2", ".2f")),
@@ -214,14 +233,56 @@ MASKED_AFTER = [
     Column("same text", number("identical_share", ".0%")),
     Column("guarantee", lambda row: "" if row["kind"] == "plain" else str(row["guarantee"])),
 ]
+MATCHED = [
+    Column("method", filler),
+    Column("judge NLL", number("judge_nll", ".3f")),
+    Column("full passes", number("full_passes", ".2f")),
+    Column("plain full passes", lambda row: number("matched_passes", ".2f")(row) or row["matched"]),
+    Column("fewer", times("matched_ratio")),
+    Column("entropy", number("entropy", ".2f")),
+    Column("plain entropy", number("matched_entropy", ".2f")),
+]
+MEDIA = [
+    Column("method", lambda row: row["method"]),
+    Column("steps", number("num_steps", "d")),
+    Column("eta", number("eta", "g")),
+    Column("rounds", number("rounds", ".2f")),
+    Column("fewer rounds", times("round_ratio")),
+    Column("rows", number("target_rows", ".1f")),
+    Column("draft calls", number("draft_calls", ".2f")),
+    Column("draft passes", number("draft_passes", ".2f")),
+    Column("acceptance", number("acceptance", ".2f")),
+    Column("ms alone", seconds_as_ms("seconds_alone")),
+    Column("speedup", versus("speedup_alone")),
+    Column("ms in batch", seconds_as_ms("seconds_in_batch")),
+    Column("in batch", times("speedup_in_batch")),
+    Column("distance to data", with_noise("data_distance", "data_noise")),
+    Column("to plain samples", with_noise("plain_distance", "plain_noise")),
+    Column("p", number("plain_p_value", ".3f")),
+    Column("frame change", number("temporal_consistency", ".2f")),
+    Column("guarantee", weaker_guarantee),
+]
+SOLVERS = [
+    Column("method", lambda row: row["method"]),
+    Column("rounds", number("rounds", ".2f")),
+    Column("rows", number("target_rows", ".1f")),
+    Column("PSNR, dB", number("psnr", ".1f")),
+    Column("distance to data", number("data_distance", "+.4f")),
+    Column("guarantee", weaker_guarantee),
+]
 
 
 def make_tables(rows: Sequence[JsonRow]) -> list[Table]:
     """Group rows into tables, in the order they were measured; empty columns are left out."""
-    return [
-        Table(title, [c for c in columns if any(c.cell(row) for row in group)], group)
-        for title, columns, group in _groups(rows)
-    ]
+    tables = []
+    for title, columns, group in _groups(rows):
+        shown = [column for column in columns if any(column.cell(row) for row in group)]
+        tables.append(Table(title, shown, group))
+        matched = [row for row in group if row.get("matched")]
+        if matched:
+            at = "as plain sampling in random order with the same judge NLL"
+            tables.append(Table(f"{title.split(';')[0]}): {at}", MATCHED, matched, False))
+    return tables
 
 
 def _groups(rows: Sequence[JsonRow]) -> Iterator[tuple[str, list[Column], list[JsonRow]]]:
@@ -232,6 +293,9 @@ def _groups(rows: Sequence[JsonRow]) -> Iterator[tuple[str, list[Column], list[J
         group = list(members)
         if study == "steps":
             yield f"{task} (batch {group[0]['batch_size']}; seconds of one step)", STEPS, group
+            continue
+        if study in ("media", "solvers"):
+            yield _media_title(group[0]), MEDIA if study == "media" else SOLVERS, group
             continue
         tokens = f"{group[0]['num_prompts']} prompts, {group[0]['max_new_tokens']} new tokens"
         if study == "speed":
@@ -247,6 +311,15 @@ def _groups(rows: Sequence[JsonRow]) -> Iterator[tuple[str, list[Column], list[J
             drafted = group[0]["drafted"] or "as many as each can"
             steps = f"{group[0]['steps']} steps each, {drafted} drafted"
             yield f"{task}, {sampling} ({steps}; {tokens})", DISTILLATION, group
+
+
+def _media_title(row: JsonRow) -> str:
+    """Say what was drawn, and what it is compared with."""
+    if row["study"] == "solvers":
+        solution = f"beside {row['reference_steps']} Euler steps from the same noise"
+        return f"{row['task']}, eta 0 ({row['num_samples']} samples {solution})"
+    counts = f"{row['num_samples']} samples, {row['num_held_out']} held-out ones"
+    return f"{row['task']}, {row['setting']} ({counts}; batch {row['batch_size']})"
 
 
 def print_tables(rows: Sequence[JsonRow]) -> None:

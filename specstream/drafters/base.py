@@ -85,7 +85,14 @@ class Drafter(StoredDrafter):
 
 
 class CanvasDrafter(StoredDrafter):
-    """Guesses tokens at masked positions of canvases, anywhere; stateless like `Drafter`."""
+    """Guesses tokens at masked positions of canvases, anywhere; stateless like `Drafter`.
+
+    `reports_law` says whether a draft's `probs` are the laws that its tokens were drawn from.
+    """
+
+    @property
+    def reports_law(self) -> bool:
+        return True
 
     @abstractmethod
     def new_cache(self, batch_size: int, capacity: int) -> Any:

@@ -10,18 +10,21 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from specstream import unmasking
 from specstream.config_errors import not_accepted
 from specstream.drafters.base import CanvasDrafter, Drafter, StoredDrafter
-from specstream.files import replaced_folder
-from specstream.models.fingerprint import fingerprint
+from specstream.files import first_line, replaced_folder
+from specstream.models.fingerprint import fingerprint, rounding
 from specstream.models.pretrained_lm import PretrainedLM
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.processors import TextProcessor
+from specstream.unmasking import Unmasking
 
 RECORD = "specstream.json"
 WEIGHTS_HERE = "."  # an init_arg `weights` of this value means the folder of the record
@@ -54,7 +57,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{str(folder)!r} holds no trained drafter ({RECORD} is missing)")
     try:
         record = json.loads(path.read_text())
-        record["drafter"]["class_path"], record["target"]["path"]  # what every reader needs
+        for part, key in (("drafter", "class_path"), ("target", "path")):  # every reader needs them
+            if not isinstance(record[part][key], str):
+                raise ValueError(f"{part}.{key} must be a text, not {record[part][key]!r}")
         record["drafter"] |= {"init_args": {**record["drafter"].get("init_args", {})}}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(path)!r} is damaged: {error}") from error
@@ -104,12 +109,14 @@ def _load(
     device: str,
 ) -> StoredDrafter:
     record = read_record(folder)
-    arguments = dict(record["drafter"]["init_args"])
-    build = _class(folder, str(record["drafter"]["class_path"]))
-    if "model" in arguments:
-        arguments["model"] = lambda: network(
-            str(folder), _draft_dtype(folder, dtype, device), attn_implementation, device
-        )
+    build = drafter_class(folder, str(record["drafter"]["class_path"]))
+    arguments = _arguments(
+        folder,
+        record["drafter"],
+        lambda: _network(
+            network, folder, _draft_dtype(folder, dtype, device), attn_implementation, device
+        ),
+    )
     attached = arguments.get("weights") == WEIGHTS_HERE
     if attached:
         arguments["weights"] = str(folder)
@@ -120,15 +127,57 @@ def _load(
     return drafter.eval().requires_grad_(False)
 
 
-def _class(folder: Path, class_path: str) -> type[StoredDrafter]:
+def _arguments(
+    folder: Path, block: dict[str, Any], model: Callable[[], nn.Module]
+) -> dict[str, Any]:
+    """Return the arguments of a block of the record, with what they name in place of names."""
+    arguments = dict(block.get("init_args", {}))
+    if "model" in arguments:
+        arguments["model"] = model
+    try:
+        if "unmasking" in arguments:
+            arguments["unmasking"] = _rule(**arguments["unmasking"])
+        if "drafter" in arguments:
+            inner = drafter_class(folder, str(arguments["drafter"]["class_path"]))
+            own = _arguments(folder, arguments["drafter"], model)
+            arguments["drafter"] = lambda target: _build(folder, inner, target, own)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(folder / RECORD)!r} is damaged: {error}") from error
+    return arguments
+
+
+def _rule(class_path: str, init_args: dict[str, Any]) -> Unmasking:
+    """Return a rule of `specstream.unmasking`."""
+    module, _, name = class_path.rpartition(".")
+    build = getattr(unmasking, name, None) if module == unmasking.__name__ else None
+    if not isinstance(build, type) or not issubclass(build, Unmasking):
+        raise TypeError(f"{class_path} is no rule of {unmasking.__name__}")
+    return build(**init_args)
+
+
+def drafter_class(folder: Path, class_path: str) -> type[StoredDrafter]:
     """Return the class that a record names; ValueError where it is no drafter of ours."""
     module, _, name = class_path.rpartition(".")
     known = importlib.import_module("specstream.drafters")
     build = getattr(known, name) if module == known.__name__ and name in known.__all__ else None
-    if build is None or inspect.isabstract(build):
+    kind = build if isinstance(build, type) and issubclass(build, StoredDrafter) else None
+    if kind is None or inspect.isabstract(kind):
         raise ValueError(f"{str(folder)!r} names {class_path}, not a specstream drafter")
-    assert issubclass(build, StoredDrafter)
-    return build
+    return kind
+
+
+def _network(
+    kind: type[PretrainedLM] | type[PretrainedMaskedLM],
+    folder: Path,
+    dtype: str,
+    attn_implementation: str,
+    device: str,
+) -> PretrainedLM | PretrainedMaskedLM:
+    """Return the network of `folder`; ValueError for a masked one that names no mask token."""
+    network = kind(str(folder), dtype, attn_implementation, device)
+    if isinstance(network, PretrainedMaskedLM) and network.form.mask_id is None:
+        raise ValueError(f"{str(folder)!r} names no mask token: its config.json has mask_id null")
+    return network
 
 
 def _build(
@@ -143,8 +192,11 @@ def _build(
             raise ValueError(f"{str(folder / RECORD)!r} is damaged: {reason}")
     try:
         return build(target, **arguments)
-    except TypeError as error:  # a value of another type, or one that is missing
-        raise ValueError(f"{str(folder / RECORD)!r} makes no {name}: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # a value of another type, or one that is missing or impossible
+        reason = first_line(error)
+        raise ValueError(f"{str(folder / RECORD)!r} makes no {name}: {reason}") from error
 
 
 def _check_fingerprint(folder: Path, named: dict[str, Any], target: nn.Module) -> None:
@@ -154,6 +206,7 @@ def _check_fingerprint(folder: Path, named: dict[str, Any], target: nn.Module) -
         raise ValueError(
             f"{str(folder)!r} was trained for the target {named['path']!r} as it was then "
             f"(fingerprint {expected}), not for {target.path or 'this one'!r} (fingerprint {found})"
+            + rounding(target.model)
         )
 
 

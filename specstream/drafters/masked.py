@@ -106,9 +106,9 @@ class MaskedDraftModel(CanvasDrafter):
             budget = budget.where(canvas.lengths <= room, 0)
         for step in range(max(num_steps)):
             active = (budget > step) & masked.any(1)
-            if not bool(active.any()):
-                break
             look = self._look(tokens, masked & active[:, None], canvas.lengths, cache)
+            if look is None:
+                break
             elements = canvas.elements().gather(1, look.places)
             coins = noise.uniform(canvas.prompts, elements, Role.DRAFT)  # (B, N)
             law = probabilities(look.logits, Sampling())  # its own: how sure it is (B, N, V)
@@ -119,6 +119,7 @@ class MaskedDraftModel(CanvasDrafter):
             chosen = chosen & (law.gather(-1, drawn[:, :, None])[:, :, 0] >= self.sure)
             budget = budget.where(chosen.any(1), 0)
             canvas.drawn = canvas.drawn + active
+            # Waits for the device: laws are written for what is chosen alone, which may be few.
             rows, columns = chosen.nonzero(as_tuple=True)
             filled = rows, look.places[rows, columns]
             tokens[filled] = drawn[rows, columns]
@@ -129,11 +130,17 @@ class MaskedDraftModel(CanvasDrafter):
 
     def _look(
         self, tokens: Tensor, masked: Tensor, lengths: Tensor, cache: BlockCache | None
-    ) -> BlockLook:
-        """Return what the model says of the masked positions (B, C) that it fills first."""
+    ) -> BlockLook | None:
+        """Return what the model says of the masked positions (B, C) that it fills first.
+
+        None where nothing is masked.
+        """
         if cache is not None:
             return look_at_block(self.model, tokens, masked, lengths, cache)
-        places, eligible = _packed(masked)
+        most = int(masked.sum(1).max())
+        if not most:
+            return None
+        places, eligible = _packed(masked, most)
         logits = self.model(tokens, lengths).take_along_dim(places[:, :, None], 1)
         return BlockLook(logits, places, eligible)
 
@@ -151,19 +158,26 @@ class MaskedDraftModel(CanvasDrafter):
 
     def save(self, folder: Path, processor: TextProcessor) -> dict[str, Any]:
         self.model.save(folder, processor.tokenizer)
-        arguments = {"model": ".", "sure": self.sure}
-        return {"class_path": "specstream.drafters.MaskedDraftModel", "init_args": arguments}
+        rule = type(self.unmasking)
+        unmasking = {
+            "class_path": f"{rule.__module__}.{rule.__name__}",
+            "init_args": vars(self.unmasking),
+        }
+        return {
+            "class_path": "specstream.drafters.MaskedDraftModel",
+            "init_args": {"model": ".", "unmasking": unmasking, "sure": self.sure},
+        }
 
 
 def look_at_block(
     model: PretrainedMaskedLM, tokens: Tensor, masked: Tensor, lengths: Tensor, cache: BlockCache
-) -> BlockLook:
+) -> BlockLook | None:
     """Read each row up to the end of its lowest block with masks; return what it says of those.
 
     Blocks before it that have changed since they were read, or were never read, go along in the
     same pass.  A block that is read counts as unread while it, or one before it, may still change:
     no later block is trusted before it has been read again.  Rows without masks read no more than
-    the others need.
+    the others need; where no row has any, nothing is read: None.
     """
     assert model.block_length is not None
     size, width = model.block_length, tokens.shape[1]
@@ -173,29 +187,31 @@ def look_at_block(
     stale = torch.where(changed, canvas, lengths[:, None] - 1).amin(1) // size
     block = torch.where(first < width, first // size, stale)  # (B,) the last block to read
     start = torch.minimum(stale, block)  # (B,) the first block to read
-    num_blocks = int((block - start).max()) + 1
-    span = num_blocks * size
+    open_ = masked & (canvas < ((block + 1) * size)[:, None])  # of the row's block: none before
+    sizes = torch.stack([(block - start).max(), start.max(), open_.sum(1).max()])
+    more, latest, most = sizes.tolist()  # shapes of the pass: the host has to know them
+    if not most:
+        return None
+    span = (more + 1) * size
     capacity = cache.read.shape[1]
     starts = (start * size).clamp(max=capacity - span)
     slots = starts[:, None] + torch.arange(span, device=tokens.device)  # (B, S)
     shown = torch.where(slots < width, tokens.gather(1, slots.clamp(max=width - 1)), 0)
-    # Masks of the row's block; it has none before.
-    places, eligible = _packed(masked & (canvas < ((block + 1) * size)[:, None]))
+    places, eligible = _packed(open_, most)
     asked = torch.where(eligible, places - starts[:, None], 0)  # (B, N)
-    view = int(starts.max()) + span
+    view = min(latest * size, capacity - span) + span
     logits = model.extend(shown, starts, lengths, cache.slots, view, asked)  # (B, N, V)
     finished = slots < (block * size)[:, None]  # read with all their tokens: they stay valid
     cache.read.scatter_(1, slots, torch.where(finished, shown, -1))
     return BlockLook(logits, places, eligible)
 
 
-def _packed(masked: Tensor) -> tuple[Tensor, Tensor]:
+def _packed(masked: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Return the positions (B, N) of the masks (B, C) of each row, and which (B, N) are such.
 
-    N is the most that a row has, or `FEWEST`.
+    N is the `most` that a row has, or `FEWEST`.
     """
-    most = max(int(masked.sum(1).max()), FEWEST)
-    places = (~masked).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    places = (~masked).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(most, FEWEST)]
     return places, masked.gather(1, places)
 
 

@@ -181,9 +181,9 @@ class TranslatedDrafter(CanvasDrafter):
     it stays masked, and so do drafts further right, whose place in the target's tokens is unknown.
 
     `probs` are then a stand-in for a law over other tokens: the product of the probabilities of
-    the drafter's tokens under a token, the rest evenly over all others but the mask; `KLThreshold`
-    would take it for a law.  `steps` are the latest of the tokens under each; a step of which a row
-    keeps nothing is not counted.  Ends and beginnings of texts become the drafter's own; of other
+    the drafter's tokens under a token, the rest evenly over all others but the mask; no rule may
+    take it for a law.  `steps` are the latest of the tokens under each; a step of which a row keeps
+    nothing is not counted.  Ends and beginnings of texts become the drafter's own; of other
     special tokens it sees those that it knows by name, and only ends of text are taken over.
     """
 
@@ -208,6 +208,10 @@ class TranslatedDrafter(CanvasDrafter):
             raise ValueError(f"{type(self.drafter).__name__} holds no model with a tokenizer")
         self.mine, self.theirs = Vocabulary(inside[0], "drafter"), Vocabulary(target, "target")
         self.register_buffer("to_drafter", renumbering(self.theirs, self.mine), persistent=False)
+
+    @property
+    def reports_law(self) -> bool:
+        return self.to_drafter is not None
 
     def new_cache(self, batch_size: int, capacity: int) -> TranslatedCache:
         """Return fresh state, made anew and larger when a text needs more drafter tokens.
@@ -372,11 +376,9 @@ class TranslatedDrafter(CanvasDrafter):
             raise ValueError("the drafter was made to translate for a target with other tokens")
 
     def save(self, folder: Path, processor: TextProcessor) -> dict[str, Any]:
-        """Write the drafter's model with its own tokenizer; any other drafter needs a config."""
-        if not isinstance(self.drafter, MaskedDraftModel):
-            raise ValueError(f"{type(self.drafter).__name__} is translated in a config only")
-        self.drafter.model.save(folder, self.mine.tokenizer)
-        return {"class_path": "specstream.drafters.TranslatedDrafter", "init_args": {"model": "."}}
+        """Write the wrapped drafter with its own tokenizer."""
+        arguments = {"drafter": self.drafter.save(folder, self.mine.processor)}
+        return {"class_path": "specstream.drafters.TranslatedDrafter", "init_args": arguments}
 
 
 def renumbering(source: Vocabulary, goal: Vocabulary) -> Tensor | None:

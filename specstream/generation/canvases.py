@@ -31,6 +31,22 @@ class CanvasPrompt:
     )  # where a continuation begins; None: masks of the prompt itself are filled
 
 
+@dataclass(frozen=True, slots=True)
+class OpenRows:
+    """The rows of a batch that have masks, as the host knows them from the last round's report.
+
+    So a loop need not wait for the device to tell whether it goes on.
+    """
+
+    lengths: list[int]  # positions of every row
+    masks: dict[int, int]  # masks of each row that is not full
+
+    @classmethod
+    def of(cls, prompts: Sequence[CanvasPrompt], mask_id: int) -> OpenRows:
+        counts = [prompt.tokens.count(mask_id) for prompt in prompts]
+        return cls([len(prompt.tokens) for prompt in prompts], dict(enumerate(counts)))
+
+
 def encode_canvas(
     processor: TextProcessor, prompt: str | Sequence[int], mask_id: int, limits: Limits
 ) -> CanvasPrompt:
@@ -77,6 +93,9 @@ def _check_number(masks: int) -> None:
 
 def _piece(processor: TextProcessor, text: str, first: bool) -> list[int]:
     """Return a piece's tokens; only the first piece starts as a text does."""
+    unknown = processor.unknown(text)
+    if unknown is not None:
+        raise ValueError(f"the tokenizer has no token for {unknown!r}: it would leave the text")
     if first:
         return processor.encode(text)
     return list(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []

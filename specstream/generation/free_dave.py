@@ -17,8 +17,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from specstream.generation.canvases import OpenRows
 from specstream.generation.lengths import DraftLength, FixedLength, RowLength, StepCosts
-from specstream.generation.masked import Blocks, MaskedPipeline, Round, Sampler, check_costs
+from specstream.generation.masked import (
+    Blocks,
+    MaskedPipeline,
+    Round,
+    Sampler,
+    check_costs,
+)
 from specstream.generation.masked_costs import nested_costs, rounded
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.processors import TextProcessor
@@ -74,38 +81,43 @@ class FreeDavePipeline(MaskedPipeline):
                 self.measured[width] = nested_costs(self.way, self.lengths, width)
             self.costs = self.measured[width]
 
-    def _fill(self, canvas: Canvas, given: Tensor, noise: Noise) -> Iterator[Round]:
+    def _fill(self, canvas: Canvas, given: Tensor, noise: Noise, rows: OpenRows) -> Iterator[Round]:
         blocks = Blocks.of(canvas.masked, self.sampler.block_tokens)
-        rows = [self.lengths.for_row(self.costs) for _ in canvas.lengths]
-        logits = self._look(canvas.tokens, canvas, given)
-        while bool(canvas.masked.any()):
+        chosen = [self.lengths.for_row(self.costs) for _ in rows.lengths]
+        logits = self._look(canvas.tokens, canvas, given, rows)
+        while rows.masks:
             before = canvas.masked
-            alive = before.any(1).tolist()
-            wanted = max(row.choose() for row, open_ in zip(rows, alive, strict=True) if open_)
-            drafts = self._drafts(canvas, blocks, logits, wanted + 1)
+            wanted = max(chosen[row].choose() for row in rows.masks)
+            drafts, left = self._drafts(
+                canvas, blocks, logits, min(wanted + 1, max(rows.masks.values()))
+            )
             self.stats.draft_calls += len(drafts) > 1
             taken = torch.zeros_like(canvas.lengths)  # (B,) drafts beyond the first that stand
-            looked = [draft for draft in drafts if bool(draft.canvas.masked.any())]
+            looked = [draft for draft, masks in zip(drafts, left, strict=True) if any(masks)]
             if looked:  # else the last step is made: no need to look
                 tokens = torch.cat([draft.canvas.tokens for draft in looked])
-                said = self._look(tokens, canvas, given).unflatten(0, (len(looked), -1))
+                said = self._look(tokens, canvas, given, rows).unflatten(0, (len(looked), -1))
                 taken = self._agreed(drafts, said)
                 here = taken.clamp(max=len(looked) - 1)  # beyond it a row has no masks
                 logits = said.take_along_dim(here[None, :, None, None], 0)[0]
             self._take(canvas, blocks, drafts, taken)
-            filled = before & ~canvas.masked
-            self._record(rows, before, drafts, taken, filled)
-            yield Round(filled)
+            self._record(chosen, rows, left, taken)
+            yield Round(before & ~canvas.masked)
 
-    def _drafts(self, canvas: Canvas, blocks: Blocks, logits: Tensor, number: int) -> list[Drafted]:
+    def _drafts(
+        self, canvas: Canvas, blocks: Blocks, logits: Tensor, number: int
+    ) -> tuple[list[Drafted], list[list[int]]]:
         """Return the canvases after 1..number steps if the logits (B, C, V) stayed as they are.
 
-        They are fewer where no mask is left before.
+        And how many masks each of them has in each row.  They are fewer where no mask is left.
         """
         drafts = [self._after(Drafted(canvas, blocks), logits)]
-        while len(drafts) < number and bool(drafts[-1].canvas.masked.any()):
+        while len(drafts) < number:
             drafts.append(self._after(drafts[-1], logits))
-        return drafts
+        # The pass is to look at no canvas that is full: the host has to know which those are.
+        left = torch.stack([draft.canvas.masked.sum(1) for draft in drafts]).tolist()
+        size = next((i for i, masks in enumerate(left, 1) if not any(masks)), number)
+        return drafts[:size], left[:size]
 
     def _after(self, state: Drafted, logits: Tensor) -> Drafted:
         """Return the state after one step of the sampler under `logits`; the old one stays."""
@@ -142,34 +154,30 @@ class FreeDavePipeline(MaskedPipeline):
 
     def _record(
         self,
-        rows: list[RowLength],
-        before: Tensor,
-        drafts: list[Drafted],
+        chosen: list[RowLength],
+        rows: OpenRows,
+        left: list[list[int]],
         taken: Tensor,
-        filled: Tensor,
     ) -> None:
-        """Tell each row how many of its drafted steps stood, and count them.
+        """Tell each row how many of its drafted steps stood, (B,), and count them.
 
-        The first step of a round is the target's own: no draft.  A row that it finishes has none.
+        `left` are the masks of each row in each draft.  The first step of a round is the target's
+        own: no draft.  A row that it finishes has none.
         """
         stats = self.stats
-        left = torch.stack([draft.canvas.masked.sum(1) for draft in drafts])  # (K, B)
-        drafted = (left[:-1] > 0).sum(0)  # (B,) steps
-        guessed = left[0] - left[-1]  # (B,) positions
-        columns = (before.any(1), drafted, taken, guessed, filled.sum(1))
-        stats.tested += [0] * (len(drafts) - 1 - len(stats.tested))
-        stats.accepted += [0] * (len(drafts) - 1 - len(stats.accepted))
-        for row, counts in zip(rows, torch.stack(columns, 1).tolist(), strict=True):
-            alive, made, stood, positions, committed = counts
-            if not alive:
-                continue
+        stats.tested += [0] * (len(left) - 1 - len(stats.tested))
+        stats.accepted += [0] * (len(left) - 1 - len(stats.accepted))
+        stands = taken.tolist()  # what the rows choose next depends on it
+        for row, masks in rows.masks.items():
+            drafted, stood = [counts[row] for counts in left], stands[row]
+            made = sum(count > 0 for count in drafted[:-1])
             tested = min(stood + 1, made)
             if tested:
-                row.record(tested, stood)
+                chosen[row].record(tested, stood)
             for i in range(tested):
                 stats.tested[i] += 1
                 stats.accepted[i] += i < stood
             stats.full_rounds += 1
-            stats.full_committed += committed
+            stats.full_committed += masks - drafted[stood]
             stats.plain_rounds += not made
-            stats.draft_lengths += positions
+            stats.draft_lengths += drafted[0] - drafted[-1]

@@ -26,6 +26,7 @@ from specstream.generation.base import Pipeline, Prompt, check_vocabulary, numbe
 from specstream.generation.batch import Limits
 from specstream.generation.canvases import (
     CanvasPrompt,
+    OpenRows,
     complete_canvas,
     encode_canvas,
     make_canvas,
@@ -161,7 +162,11 @@ class MaskedPipeline(Pipeline):
         Raises ValueError for a prompt without room in the model's context.
         """
         encoded = [self.encode(prompt) for prompt in prompts]
-        numbers = numbered(len(encoded), indices)
+        yield from self._filled(encoded, numbered(len(encoded), indices), seed)
+
+    def _filled(
+        self, encoded: Sequence[CanvasPrompt], numbers: Sequence[int], seed: int | None
+    ) -> Iterator[CanvasStep]:
         self.stats = self._new_stats()
         self.stats.prompts = len(encoded)
         self.prepare(max((len(canvas.tokens) for canvas in encoded), default=0))
@@ -178,23 +183,24 @@ class MaskedPipeline(Pipeline):
         indices: Sequence[int] | None = None,
     ) -> list[Completion]:
         """Fill the canvases of `prompts` and return the texts in their order."""
-        numbers = list(range(len(prompts))) if indices is None else list(indices)
+        encoded = [self.encode(prompt) for prompt in prompts]
+        numbers = numbered(len(encoded), indices)
         tokens: dict[int, list[int]] = {}
         origins: dict[int, dict[int, Origin]] = {number: {} for number in numbers}
-        for step in self.generate(prompts, seed=seed, indices=numbers):
+        for step in self._filled(encoded, numbers, seed):
             tokens[step.prompt] = step.tokens
             for place in step.filled:
                 origins[step.prompt][place] = origin_of(place, step)
         return [
             complete_canvas(
                 self.processor,
-                self.encode(prompt),
+                canvas,
                 number,
                 tokens[number],
                 origins[number],
                 self.sampler.limits.ignore_eos,
             )
-            for number, prompt in zip(numbers, prompts, strict=True)
+            for number, canvas in zip(numbers, encoded, strict=True)
         ]
 
     def encode(self, prompt: Prompt) -> CanvasPrompt:
@@ -222,14 +228,14 @@ class MaskedPipeline(Pipeline):
     def prepare(self, width: int) -> None:
         """Do what has to be done once before canvases of `width` are filled, off the clock."""
 
-    def _fill(self, canvas: Canvas, given: Tensor, noise: Noise) -> Iterator[Round]:
-        """Fill `canvas` in place; yield what each round does.
+    def _fill(self, canvas: Canvas, given: Tensor, noise: Noise, rows: OpenRows) -> Iterator[Round]:
+        """Fill `canvas` in place; yield what each round does, after which `rows` know of it.
 
         `given` (B, C) marks the prompt, which guidance leaves out.
         """
         blocks = Blocks.of(canvas.masked, self.sampler.block_tokens)
-        while bool(canvas.masked.any()):
-            logits = self._look(canvas.tokens, canvas, given)
+        while rows.masks:
+            logits = self._look(canvas.tokens, canvas, given, rows)
             filled = self._step(canvas, blocks, logits, canvas.masked, noise)
             yield Round(filled)
 
@@ -254,7 +260,7 @@ class MaskedPipeline(Pipeline):
         coins = noise.uniform(canvas.prompts, canvas.elements(), Role.CORRECT)
         return draw(probabilities(logits, self.sampler.sampling), coins)
 
-    def _look(self, tokens: Tensor, canvas: Canvas, given: Tensor) -> Tensor:
+    def _look(self, tokens: Tensor, canvas: Canvas, given: Tensor, rows: OpenRows) -> Tensor:
         """Return the target's logits (N, C, V) of canvases (N, C) from one pass, guided.
 
         N = B or copies of the B rows, all of the first copy before the second.
@@ -265,9 +271,8 @@ class MaskedPipeline(Pipeline):
             tokens = torch.cat([tokens, tokens.masked_fill(blind, self.target.mask_id)])
         copies = len(tokens) // len(given)
         self.stats.target_calls += 1
-        alive = [n for n in (canvas.lengths * canvas.masked.any(1)).tolist() if n]
-        self.stats.target_rows += copies * sum(alive)
-        self.full_passes += copies * len(alive)
+        self.stats.target_rows += copies * sum(rows.lengths[row] for row in rows.masks)
+        self.full_passes += copies * len(rows.masks)
         logits = self._pass(tokens, canvas.lengths.repeat(copies))
         if not weight:
             return logits
@@ -313,12 +318,12 @@ class MaskedPipeline(Pipeline):
         started = time.perf_counter()
         canvas = make_canvas(prompts, indices, self.target.mask_id, self.target.device)
         given = ~canvas.masked
-        rounds = self._fill(canvas, given, noise)
-        open_rows = set(range(len(prompts)))
+        rows = OpenRows.of(prompts, self.target.mask_id)
+        rounds = self._fill(canvas, given, noise, rows)
         while True:
             with torch.inference_mode():
                 found = next(rounds, None)
-                steps = [] if found is None else self._steps(canvas, indices, found, open_rows)
+                steps = [] if found is None else self._steps(canvas, indices, found, rows)
             self.stats.seconds += time.perf_counter() - started
             if found is None:
                 return
@@ -330,23 +335,25 @@ class MaskedPipeline(Pipeline):
         canvas: Canvas,
         indices: Sequence[int],
         found: Round,
-        open_rows: set[int],
+        rows: OpenRows,
     ) -> list[CanvasStep]:
-        """Say what a round did to each row that was not finished before it."""
+        """Say what a round did to each row that was not finished before it, and tell `rows`."""
         nothing = torch.zeros_like(found.filled)
         drafted = nothing if found.drafted is None else found.drafted
         replaced = nothing if found.replaced is None else found.replaced
         fallen = drafted & canvas.masked
-        sets = torch.stack([canvas.masked, drafted, found.filled, fallen, replaced]).tolist()
-        tokens, lengths = canvas.tokens.tolist(), canvas.lengths.tolist()
+        sets = torch.stack([canvas.masked, drafted, found.filled, fallen, replaced])
+        # All that the host is told of a round, in one copy.
+        tokens, *sets_there = torch.cat([canvas.tokens[None], sets.long()]).tolist()
         steps = []
-        for row in sorted(open_rows):
+        for row in sorted(rows.masks):
+            length = rows.lengths[row]
             masked, guessed, filled, remasked, others = (
-                [i for i in range(lengths[row]) if marks[row][i]] for marks in sets
+                [i for i in range(length) if marks[row][i]] for marks in sets_there
             )
             step = CanvasStep(
                 prompt=indices[row],
-                tokens=tokens[row][: lengths[row]],
+                tokens=tokens[row][:length],
                 drafted=guessed,
                 filled=filled,
                 remasked=remasked,
@@ -354,7 +361,9 @@ class MaskedPipeline(Pipeline):
                 finished=not masked,
             )
             self.stats.elements += len(step.filled)
-            open_rows -= {row} if step.finished else set()
+            rows.masks[row] = len(masked)
+            if step.finished:
+                del rows.masks[row]
             steps.append(step)
         if not any(step.filled or step.drafted for step in steps):
             raise ValueError("no position can be filled: the model's logits are no numbers")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import nn
 
 from specstream.drafters import CanvasDrafter, MaskedDraftModel, TranslatedDrafter
-from specstream.drafters.loading import RECORD, load_canvas_drafter, read_record
+from specstream.drafters.loading import (
+    RECORD,
+    drafter_class,
+    load_canvas_drafter,
+    read_record,
+)
 from specstream.drafters.self_speculative import holds_head, load_head
+from specstream.files import read_table
 from specstream.generation.dual_diffusion import DualDiffusionPipeline
 from specstream.generation.free_dave import FreeDavePipeline
 from specstream.generation.lengths import DraftLength, FixedLength
 from specstream.generation.loading import QUANTIZED, TOKENIZER_FILES, find_device
 from specstream.generation.masked import MaskedPipeline, Sampler
 from specstream.generation.self_speculative_pipeline import SelfSpeculativePipeline
+from specstream.models.masked_weights import HUB_NETWORKS
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.models.quantization import quantize
 from specstream.models.supported import FORM
@@ -24,7 +30,7 @@ from specstream.processors import TextProcessor
 from specstream.unmasking import StaticSchedule
 from specstream.verification import CanvasVerifier, TokenVerifier
 
-COPIES, WINDOWS = 2, 4  # unless said
+WINDOWS = 4  # unless said
 SELF_VERIFYING = "a self-speculative head fills positions in random order and verifies itself"
 
 
@@ -34,15 +40,13 @@ def is_masked_run(run: str | Path) -> bool:
     if (folder / "draft" / RECORD).is_file():
         if holds_head(folder / "draft"):
             return True
-        named = str(read_record(folder / "draft")["drafter"]["class_path"]).rpartition(".")[2]
-        import specstream.drafters as known
-
-        kind = getattr(known, named, None)
-        return isinstance(kind, type) and issubclass(kind, CanvasDrafter)
+        named = read_record(folder / "draft")["drafter"]["class_path"]
+        return issubclass(drafter_class(folder / "draft", named), CanvasDrafter)
     for config in (folder / "config.json", folder / "model" / "config.json"):
         if config.is_file():
             try:
-                return FORM in json.loads(config.read_text())
+                found = read_table(config)
+                return FORM in found or str(found.get("model_type")) in HUB_NETWORKS
             except ValueError:
                 return False  # damaged: whoever loads it says so
     return False
@@ -55,7 +59,7 @@ def load_masked_run(
     nested_steps: int = 0,
     verifier: CanvasVerifier | TokenVerifier | None = None,
     lengths: DraftLength | None = None,
-    copies: int = COPIES,
+    copies: int | None = None,
     max_target_calls: int | None = None,
     sure: float | None = None,
     windows: int = WINDOWS,
@@ -81,7 +85,7 @@ def load_masked_run(
         given = {
             "nested_steps": nested_steps != 0,
             "a draft length": lengths is not None,
-            "copies": copies != COPIES,
+            "copies": copies is not None,
             "max_target_calls": max_target_calls is not None,
             "sure": sure is not None,
             "compile": compile,
@@ -159,7 +163,7 @@ def build_masked_pipeline(
     nested_steps: int = 0,
     verifier: CanvasVerifier | TokenVerifier | None = None,
     lengths: DraftLength | None = None,
-    copies: int = COPIES,
+    copies: int | None = None,
     max_target_calls: int | None = None,
     sure: float | None = None,
     batch_size: int = 1,
@@ -184,7 +188,7 @@ def build_masked_pipeline(
     if drafter is None:
         given = {
             "verifier": verifier is not None,
-            "copies": copies != COPIES,
+            "copies": copies is not None,
             "max_target_calls": max_target_calls is not None,
             "sure": sure is not None,
             "a draft length": lengths is not None and not nested_steps,

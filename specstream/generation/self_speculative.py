@@ -46,8 +46,8 @@ class FilledRound:
     tokens: Tensor  # (B, C) the canvas; what is still to be filled holds the mask token
     filled: Tensor  # (B, C) bool: the positions that this round has filled
     accepted: Tensor  # (B, C) bool: those that hold drafted tokens; at most one in a row does not
-    drafted: Tensor  # (B,) tokens drawn from the trunk's laws
-    tested: Tensor  # (B,) how many of them met a test that counted, the first rejected included
+    tested: list[int]  # of each row: drafts that met a test that counted, the first rejected too
+    stood: list[int]  # and how many of them stood
 
 
 @dataclass(slots=True)
@@ -84,6 +84,7 @@ class _Canvas:
     ends: Tensor  # (B, W) how many of them are filled after each window
     known: Tensor  # (B,) tokens of the canvas before it is filled
     done: Tensor  # (B,) positions of the order that are filled
+    settled: list[int]  # the same on the host, so that no loop has to ask the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ class _Window:
 
     first: Tensor  # (B,) where in the order it begins
     end: Tensor  # (B,) and where it ends
+    ends: list[int]  # the same on the host
     places: Tensor  # (B, K) its positions of the canvas, in order
     real: Tensor  # (B, K) bool, a prefix
     hidden: Tensor  # (B, C, D) the trunk's states
@@ -161,11 +163,11 @@ class SelfSpeculativeSampler:
         """
         assert tokens.shape[1] <= STRIDE, "coins of two rounds would meet"
         canvas = self._begin(tokens, masked, lengths, prompts, noise)
-        for end in canvas.ends.unbind(1):
-            if not bool((canvas.done < end).any()):
+        for end, ends in zip(canvas.ends.unbind(1), canvas.ends.T.tolist(), strict=True):
+            if canvas.settled == ends:
                 return  # fewer masks than windows
-            window = self._open(canvas, end)
-            while bool((canvas.done < end).any()):
+            window = self._open(canvas, end, ends)
+            while canvas.settled != ends:
                 yield self._round(canvas, window, noise)
 
     @torch.no_grad()
@@ -186,15 +188,20 @@ class SelfSpeculativeSampler:
             window_ends(totals, self.num_windows),
             (inside & (tokens != self.trunk.mask_id)).sum(1),
             torch.zeros_like(lengths),
+            [0] * len(lengths),
         )
 
     @torch.no_grad()
-    def _open(self, canvas: _Canvas, end: Tensor) -> _Window:
-        """Read the canvas with the trunk, in rows that have positions up to `end` (B,) to fill."""
+    def _open(self, canvas: _Canvas, end: Tensor, ends: list[int]) -> _Window:
+        """Read the canvas with the trunk, in rows that have positions up to `end` (B,) to fill.
+
+        `ends` is the same on the host.
+        """
         first, last = canvas.done, canvas.order.shape[1] - 1
-        index = first[:, None] + torch.arange(int((end - first).max()), device=end.device)
+        sizes = [b - a for a, b in zip(canvas.settled, ends, strict=True)]
+        index = first[:, None] + torch.arange(max(sizes), device=end.device)
         places, real = canvas.order.gather(1, index.clamp(max=last)), index < end[:, None]
-        rows = (first < end).nonzero()[:, 0]
+        rows = torch.tensor([i for i, size in enumerate(sizes) if size], device=end.device)
         steps = torch.arange(canvas.tokens.shape[1], device=rows.device)
         documents = torch.where(steps < canvas.lengths[rows, None], 0, -1)
         seen = self.trunk.mask(documents, steps.expand_as(documents))
@@ -203,7 +210,7 @@ class SelfSpeculativeSampler:
         laws = probabilities(self.trunk.head(_at(hidden, places)), self.sampling)
         self.counts.trunk_calls += 1
         self.counts.trunk_rows += len(rows)
-        return _Window(first, end, places, real, hidden, laws)
+        return _Window(first, end, ends, places, real, hidden, laws)
 
     @torch.no_grad()
     def _round(self, canvas: _Canvas, window: _Window, noise: Noise) -> FilledRound:
@@ -218,7 +225,8 @@ class SelfSpeculativeSampler:
         tokens = torch.where(steps < past, canvas.tokens.gather(1, places), drafted)
         states = self.head(window.hidden, places, tokens, window.real)
 
-        num_shown = int(left.max()) if self.speculate else 0  # S
+        open_ = [b - a for a, b in zip(canvas.settled, window.ends, strict=True)]
+        num_shown = max(open_) if self.speculate else 0  # S
         index = past + steps[: max(num_shown, 1)]
         index = index.clamp(max=places.shape[1] - 1)  # (B, S) what is left, first of all
         p = probabilities(self.trunk.head(_at(states, index)), self.sampling)
@@ -233,34 +241,41 @@ class SelfSpeculativeSampler:
             noise.uniform(canvas.prompts, elements + steps[:num_shown], Role.ACCEPT),
             noise.uniform(canvas.prompts, elements[:, 0], Role.CORRECT),
         )
-        return self._settle(canvas, left, draft, verdict, places.gather(1, index))
+        return self._settle(canvas, open_, draft, verdict, places.gather(1, index))
 
     def _settle(
-        self, canvas: _Canvas, left: Tensor, draft: TokenDraft, verdict: Verdict, places: Tensor
+        self, canvas: _Canvas, left: list[int], draft: TokenDraft, verdict: Verdict, places: Tensor
     ) -> FilledRound:
-        """Write the accepted tokens and the correction to the first of `places` (B, S); count."""
+        """Write the accepted tokens and the correction to the first of `places` (B, S); count.
+
+        `left` says of each row how many positions of its window are not filled yet.
+        """
         accepted = verdict.accepted.sum(1)
-        count = torch.minimum(accepted + 1, left)  # (B,) filled now: no correction of a full window
+        stood = accepted.tolist()  # how long the next round's draft is: the host has to know
+        shown = [min(size, draft.tokens.shape[1]) for size in left]
+        tested = [min(held + 1, size) for held, size in zip(stood, shown, strict=True)]
+        counts = [min(held + 1, size) for held, size in zip(stood, left, strict=True)]
         steps = torch.arange(places.shape[1], device=places.device)
+        count = torch.tensor(counts, device=places.device)  # no correction of a full window
         drafted = torch.nn.functional.pad(
             draft.tokens, (0, places.shape[1] - draft.tokens.shape[1])
         )
         values = torch.where(steps < accepted[:, None], drafted, verdict.correction[:, None])
-        row, step = (steps < count[:, None]).nonzero(as_tuple=True)
-        place, tokens = places[row, step], canvas.tokens.clone()
-        tokens[row, place] = values[row, step]
-        filled, stands = torch.zeros(2, *tokens.shape, dtype=torch.bool, device=tokens.device)
-        filled[row, place] = True
-        stands[row, place] = step < accepted[row]
+        width = canvas.tokens.shape[1]
+        place = torch.where(steps < count[:, None], places, width)  # beyond the canvas: nowhere
+        tokens = _written(canvas.tokens, place, values)
+        none = torch.zeros_like(canvas.tokens, dtype=torch.bool)
+        filled = _written(none, place, torch.ones_like(place, dtype=torch.bool))
+        stands = _written(none, place, steps < accepted[:, None])
         canvas.tokens, canvas.done = tokens, canvas.done + count
-        tested = torch.minimum(accepted + 1, draft.lengths)
+        canvas.settled = [a + b for a, b in zip(canvas.settled, counts, strict=True)]
         self.counts.causal_calls += 1
-        self.counts.causal_rows += int((left > 0).sum())
-        self.counts.filled += len(row)
-        self.counts.drafted += int(draft.lengths.sum())
-        self.counts.tested += int(tested.sum())
-        self.counts.accepted += int(accepted.sum())
-        return FilledRound(tokens, filled, stands, draft.lengths, tested)
+        self.counts.causal_rows += sum(size > 0 for size in left)
+        self.counts.filled += sum(counts)
+        self.counts.drafted += sum(shown)
+        self.counts.tested += sum(tested)
+        self.counts.accepted += sum(stood)
+        return FilledRound(tokens, filled, stands, tested, stood)
 
 
 def random_order(masked: Tensor, prompts: Tensor, noise: Noise) -> Tensor:
@@ -289,3 +304,9 @@ def window_ends(totals: Tensor, num_windows: int) -> Tensor:
 def _at(values: Tensor, index: Tensor) -> Tensor:
     """Return values (B, N, X) at index (B, M): (B, M, X)."""
     return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+def _written(values: Tensor, places: Tensor, new: Tensor) -> Tensor:
+    """Return values (B, C) with new (B, S) at places (B, S); what lies beyond C is left out."""
+    room = torch.nn.functional.pad(values, (0, 1))
+    return room.scatter(1, places, new)[:, :-1]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from specstream.generation.canvases import OpenRows
 from specstream.generation.masked import MaskedPipeline, Round, Sampler
 from specstream.generation.self_speculative import SelfSpeculativeSampler
 from specstream.models.pretrained_masked import PretrainedMaskedLM
@@ -62,7 +63,7 @@ class SelfSpeculativePipeline(MaskedPipeline):
             self.speculate,
         )
 
-    def _fill(self, canvas: Canvas, given: Tensor, noise: Noise) -> Iterator[Round]:
+    def _fill(self, canvas: Canvas, given: Tensor, noise: Noise, rows: OpenRows) -> Iterator[Round]:
         filler = self._new_filler()
         stats = self.stats
         rounds = filler.fill(canvas.tokens, canvas.masked, canvas.lengths, canvas.prompts, noise)
@@ -74,7 +75,7 @@ class SelfSpeculativePipeline(MaskedPipeline):
             stats.target_calls = calls + counts.trunk_calls
             stats.draft_calls += self.speculate
             self.full_passes = passes + filler.full_row_passes
-            self._count(found.tested.tolist(), found.accepted.sum(1).tolist())
+            self._count(found.tested, found.stood)
             yield Round(found.filled, found.accepted)
         stats.target_rows += filler.counts.trunk_rows * canvas.tokens.shape[1]
 

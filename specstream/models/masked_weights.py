@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from specstream.files import is_hub_id, one_line, read_table
 from specstream.models.lora import base_of
 from specstream.models.masked_hub import (
     HubNetwork,
@@ -17,7 +17,7 @@ from specstream.models.masked_hub import (
     load_network,
 )
 from specstream.models.supported import FORM
-from specstream.models.weights import check_attention, first_line, is_hub_id, load_model
+from specstream.models.weights import check_attention, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +30,9 @@ FORM_FIELDS = {
     "mask_id": (int, type(None)),
     "block_length": (int, type(None)),
     "shifted": (bool,),
+    "corruption": (float, int),
 }
+LATER_FIELDS = {"corruption": 0.0}  # what older folders do not hold, and what is meant
 
 
 def load_masked_model(
@@ -46,7 +48,7 @@ def load_masked_model(
     found = _config_of(path)
     if found is None:  # there is no model, and this says why
         return load_model(path, dtype, attn_implementation), {}
-    describe = HUB_NETWORKS.get(found.get("model_type", ""))
+    describe = HUB_NETWORKS.get(str(found.get("model_type")))
     if describe is None:
         form = _form_of(found, path)
         return load_model(path, dtype, attn_implementation), form
@@ -55,10 +57,8 @@ def load_masked_model(
             f"the adapter in {path!r} is for a {found['model_type']} model; only one for a folder "
             "that this project wrote can be added"
         )
-    try:
+    with one_line(f"cannot load a model from {path!r}"):
         network = describe(found)
-    except ValueError as error:
-        raise ValueError(f"cannot load a model from {path!r}: {error}") from error
     return load_network(path, network, dtype, attn_implementation), network.form
 
 
@@ -72,14 +72,8 @@ def _config_of(path: str) -> dict[str, Any] | None:
         return None if Path(base).resolve() == folder.resolve() else _config_of(base)
     if not (folder / "config.json").is_file() and (folder.is_dir() or not is_hub_id(path)):
         return None
-    try:
-        with open(cached_file(path, "config.json"), encoding="utf-8") as text:
-            found = json.load(text)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load a model from {path!r}: {first_line(error)}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"cannot load a model from {path!r}: its config.json is no table of keys")
-    return found
+    with one_line(f"cannot load a model from {path!r}"):
+        return read_table(Path(cached_file(path, "config.json")))
 
 
 def _form_of(found: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -88,7 +82,7 @@ def _form_of(found: Mapping[str, Any], path: str) -> dict[str, Any]:
 
     if FORM not in found:
         kind = found.get("model_type")
-        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if str(kind) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(
                 f"{path!r} is of model type {kind!r}, not a masked diffusion model that can be "
                 f"loaded ({', '.join(HUB_NETWORKS)}, or a folder that this project wrote)"
@@ -98,6 +92,8 @@ def _form_of(found: Mapping[str, Any], path: str) -> dict[str, Any]:
             "no masked_diffusion)"
         )
     form = found[FORM]
+    if isinstance(form, dict):
+        form = LATER_FIELDS | form
     if (
         not isinstance(form, dict)
         or form.keys() != FORM_FIELDS.keys()
@@ -105,7 +101,8 @@ def _form_of(found: Mapping[str, Any], path: str) -> dict[str, Any]:
     ):
         raise ValueError(
             f"masked_diffusion in the config.json of {path!r} must hold mask_id and block_length "
-            f"(a number or null) and shifted (true or false), not {form!r}"
+            f"(a number or null), shifted (true or false) and corruption (a number), not "
+            f"{found[FORM]!r}"
         )
     mask_id, vocab_size = form["mask_id"], found.get("vocab_size")
     if mask_id is not None and isinstance(vocab_size, int) and not 0 <= mask_id < vocab_size:

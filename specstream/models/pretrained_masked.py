@@ -40,11 +40,14 @@ class MaskedForm:
         block_length: positions of a block; None: every position sees every other.
         shifted: the output at a position speaks of the next one, as in the causal LM that the
             weights come from (Dream, Fast-dLLM v2).
+        corruption: the share of visible tokens that training replaced and asked about; above 0 the
+            model can score a token that it sees.
     """
 
     mask_id: int | None = None
     block_length: int | None = None
     shifted: bool = False
+    corruption: float = 0.0
 
     def __post_init__(self) -> None:
         if self.block_length is not None and self.block_length < 1:
@@ -53,6 +56,8 @@ class MaskedForm:
             raise ValueError("a block model cannot be shifted: a block has no place before it")
         if self.mask_id is not None and self.mask_id < 0:
             raise ValueError(f"mask_id must not be negative, got {self.mask_id}")
+        if not 0 <= self.corruption < 1:
+            raise ValueError(f"corruption must be in [0, 1), got {self.corruption}")
 
 
 class PretrainedMaskedLM(nn.Module):
@@ -94,6 +99,9 @@ class PretrainedMaskedLM(nn.Module):
         self.vocab_size: int = model.config.vocab_size
         self.num_layers: int = model.config.num_hidden_layers
         self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        room = self.max_positions
+        if room is not None and form.block_length is not None and form.block_length > room:
+            raise ValueError(f"block_length {form.block_length} is more than the {room} positions")
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -164,7 +172,8 @@ class PretrainedMaskedLM(nn.Module):
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         real = steps >= 0 if lengths is None else steps < lengths[:, None]  # (T,) or (B, T)
         documents = torch.where(real, 0, -1).expand(tokens.shape)
-        return self.head(self.hidden(tokens, self.mask(documents, steps.expand(tokens.shape))))
+        places = steps.expand(tokens.shape)  # said, because some models read them off the mask
+        return self.head(self.hidden(tokens, self.mask(documents, places), places))
 
     def mask(self, documents: Tensor, positions: Tensor) -> Tensor:
         """Return which position sees which, (B, 1, T, T), as this model is meant."""
@@ -285,7 +294,7 @@ class MaskedFromCausal(PretrainedMaskedLM):
         attn_implementation: str = "sdpa",
     ) -> None:
         nn.Module.__init__(self)
-        self.path = ""
+        self.path = path
         model = load_model(path, torch.float32, attn_implementation)
         self._adopt(model, MaskedForm(None, block_length, shifted))
         self._check()

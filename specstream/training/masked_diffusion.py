@@ -112,6 +112,7 @@ class MaskedDiffusionModule(SummedLossModule):
         take_mask_token(model, tokenizer, "model")
         if self.target is not None:
             take_mask_token(self.target, tokenizer, "target")
+        model.form = replace(model.form, corruption=self.corruption)
         train_in_float32(model)
         self.model = model.train()
 
@@ -127,10 +128,9 @@ class MaskedDiffusionModule(SummedLossModule):
         if target is not None:
             check_apart(target.path, Path(self.trainer.default_root_dir))
             self.drafter().check_target(target, self.processor)
-        for network in (model, target):
-            if network is not None:
-                check_data_tokenizer(network, self.processor)
         models = {"model": model} | ({} if target is None else {"target": target})
+        for name, network in models.items():
+            check_data_tokenizer(network, self.processor, name)
         check_row_length(data, models)
         length, block = data.layout.sequence_length, model.block_length
         if block is not None and length % block:
@@ -139,6 +139,8 @@ class MaskedDiffusionModule(SummedLossModule):
             )
         if self.pad_canvas and data.layout.pack:
             raise ValueError("pad_canvas needs one document a row: set data.init_args.pack false")
+        if target is not None:
+            check_named(target)
         if self.decoding is not None:
             self.decoding.check(self)
 
@@ -277,6 +279,15 @@ def check_masked(network: object, name: str) -> None:
         )
 
 
+def check_named(target: PretrainedMaskedLM) -> None:
+    """Raise ValueError for a target that the exported drafter could not name: one of no folder."""
+    if not target.path or isinstance(target, MaskedFromCausal):
+        raise ValueError(
+            "the target must be a PretrainedMaskedLM of a folder or the hub, which the drafter is "
+            f"to be loaded with, not {type(target).__name__}"
+        )
+
+
 def take_mask_token(model: PretrainedMaskedLM, tokenizer: Any, name: str) -> None:
     """Give a fresh model the tokenizer's mask token, and room for it; check that of another.
 
@@ -286,6 +297,11 @@ def take_mask_token(model: PretrainedMaskedLM, tokenizer: Any, name: str) -> Non
     if mask_id is None:
         raise ValueError(
             "the data's tokenizer has no mask token; set data.init_args.mask_token true"
+        )
+    if mask_id == tokenizer.eos_token_id:
+        raise ValueError(
+            f"the data's tokenizer has one token, {mask_id}, for the mask and the end of text; a "
+            "masked model needs a mask token of its own"
         )
     if model.form.mask_id is None:
         if isinstance(model, MaskedFromCausal):

@@ -25,11 +25,13 @@ SMALLEST_Q = 1e-12  # a drafter's zero is read as this in a divergence
 class CanvasVerifier(ABC):
     """A rule of acceptance for a canvas: a frozen dataclass of its thresholds, without state.
 
-    `needs_target` says whether it looks at the target's laws at all.
+    `needs_target` says whether it looks at the target's laws at all, `needs_draft_law` whether at
+    the drafter's.
     """
 
     guarantee: ClassVar[Guarantee] = Guarantee.HEURISTIC
     needs_target: ClassVar[bool] = True
+    needs_draft_law: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, draft: CanvasDraft, p: Tensor | None) -> CanvasVerdict:
@@ -126,6 +128,7 @@ class KLThreshold(KeepOrRemask):
     """
 
     threshold: float
+    needs_draft_law: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 import specstream.drafters.masked as masked_drafter
 from specstream.drafters import MaskedDraftModel
+from specstream.drafters.loading import load_canvas_drafter, save_drafter
 from specstream.drafters.masked import BlockCache, BlockLook, look_at_block
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.sampling import Noise, Role, Sampling, draw, probabilities
@@ -46,8 +49,11 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         masked: Tensor,
         lengths: Tensor,
         cache: BlockCache,
-    ) -> BlockLook:
+    ) -> BlockLook | None:
         found = look_at_block(model, tokens, masked, lengths, cache)
+        assert (found is None) == (not masked.any())
+        if found is None:
+            return None
         rows, columns = found.eligible.nonzero(as_tuple=True)
         about = rows, found.places[rows, columns]
         said, expected = found.logits[rows, columns], model(tokens, lengths)[about]
@@ -275,3 +281,38 @@ def test_models_that_do_not_fit_together_are_refused_in_one_line() -> None:
         MaskedDraftModel(masked_lm(), lambda: masked_lm(), StaticSchedule(4))
     for unmasking in (Factor(1.0), EntropyBound(0.1)):
         assert MaskedDraftModel(masked_lm(), lambda: masked_lm(), unmasking).unmasking == unmasking
+
+
+def test_a_stored_drafter_keeps_its_rule_and_how_sure_it_is(tmp_path: Path) -> None:
+    target = masked_lm(block_length=None)
+    drafter = MaskedDraftModel(target, lambda: masked_lm(4, BLOCK), EntropyBound(0.3), 0.25)
+    save_drafter(tmp_path, drafter, characters(), "target")
+    stored = load_canvas_drafter(tmp_path, target)
+    assert isinstance(stored, MaskedDraftModel)
+    assert (stored.unmasking, stored.sure) == (EntropyBound(0.3), 0.25)
+
+
+def test_a_record_without_a_rule_means_the_default_and_a_wrong_one_is_one_line(
+    tmp_path: Path,
+) -> None:
+    target, path = masked_lm(), tmp_path / "specstream.json"
+    drafter = MaskedDraftModel(target, lambda: masked_lm(4, BLOCK))
+    save_drafter(tmp_path, drafter, characters(), "target")
+    record = json.loads(path.read_text())
+
+    def load(unmasking: object) -> MaskedDraftModel:
+        arguments = {"model": "."} | ({} if unmasking is None else {"unmasking": unmasking})
+        record["drafter"]["init_args"] = arguments
+        path.write_text(json.dumps(record))
+        loaded = load_canvas_drafter(tmp_path, target)
+        assert isinstance(loaded, MaskedDraftModel)
+        return loaded
+
+    assert (load(None).unmasking, load(None).sure) == (Threshold(0.9), 0.0)
+    wrong: list[object] = ["Threshold", {"class_path": "x"}]
+    wrong.append({"class_path": "os.getcwd", "init_args": {}})
+    wrong.append({"class_path": "specstream.unmasking.Threshold", "init_args": {"bound": 1}})
+    for unmasking in wrong:
+        with pytest.raises(ValueError, match=r"specstream\.json' is damaged") as refused:
+            load(unmasking)
+        assert "\n" not in str(refused.value)

@@ -383,6 +383,7 @@ def test_a_cost_model_chooses_the_steps_of_each_row() -> None:
 
 def test_what_does_not_fit_together_is_refused_in_one_line() -> None:
     for target, options, reason in (
+        (masked_lm(corruption=0.0), {"copies": 1}, "it was not trained with corruption"),
         (masked_lm(mask_id=2), {}, "mask token"),
         (masked_lm(vocab_size=9), {}, "vocabulary"),
         (masked_lm(), {"copies": 0}, "copies"),

@@ -59,7 +59,10 @@ def test_pipelines_whose_steps_are_chosen_measure_what_they_need(cache: Path) ->
 
 
 def test_a_draft_of_several_copies_has_no_step_of_the_targets_to_count() -> None:
-    target = masked_lm()
-    drafter = MaskedDraftModel(target, lambda: masked_lm(block_length=4))
-    with pytest.raises(ValueError, match="with copies 1 only"):
-        DualDiffusionPipeline(target, drafter, characters(), lengths=CostModelLength(2))
+    drafter = MaskedDraftModel(masked_lm(), lambda: masked_lm(block_length=4))
+    for corruption, copies in ((0.1, 2), (0.0, None)):
+        target = masked_lm(corruption=corruption)
+        with pytest.raises(ValueError, match="with copies 1 only"):
+            DualDiffusionPipeline(
+                target, drafter, characters(), lengths=CostModelLength(2), copies=copies
+            )

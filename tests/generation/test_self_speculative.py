@@ -220,9 +220,10 @@ def test_every_mask_is_filled_once_and_nothing_else_changes(
     accepted = tested = 0
     for found in sampler.fill(tokens, masked, lengths, prompts, Noise(4)):
         assert not (found.accepted & ~found.filled).any()
+        assert found.accepted.sum(1).tolist() == found.stood
         assert ((found.filled & ~found.accepted).sum(1) <= 1).all()
         seen += found.filled
-        accepted, tested = accepted + int(found.accepted.sum()), tested + int(found.tested.sum())
+        accepted, tested = accepted + sum(found.stood), tested + sum(found.tested)
     assert torch.equal(tokens, given)
     assert torch.equal(seen.bool(), masked) and int(seen.max()) == 1
     assert torch.equal(found.tokens[~masked], given[~masked])

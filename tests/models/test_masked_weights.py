@@ -346,6 +346,8 @@ def test_damaged_and_missing_weights_are_refused(llada: Path, dream: Path) -> No
         {"mask_id": "x", "block_length": None, "shifted": False},
         {"mask_id": 1, "block_length": True, "shifted": False},
         {"mask_id": 1, "block_length": None, "shifted": 0},
+        {"mask_id": 1, "block_length": None, "shifted": False, "corruption": None},
+        {"mask_id": 1, "block_length": None, "shifted": False, "corruption": True},
     ],
 )  # fmt: skip
 def test_a_damaged_form_is_refused(tmp_path: Path, form: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -223,17 +224,26 @@ def test_a_saved_folder_says_how_it_is_meant(
     tmp_path: Path, block_length: int | None, architecture: str
 ) -> None:
     lm = network(block_length, architecture)
+    lm.form = replace(lm.form, corruption=0.25)
     for weight in lm.parameters():  # the folder is in bfloat16
         weight.data = weight.data.to(torch.bfloat16).float()
     lm.save(tmp_path / "a")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
-    form = {"mask_id": MASK, "block_length": block_length, "shifted": False}
+    form = {"mask_id": MASK, "block_length": block_length, "shifted": False, "corruption": 0.25}
     assert config["masked_diffusion"] == form
     loaded = PretrainedMaskedLM(str(tmp_path / "a"), dtype="float32")
     assert loaded.form == lm.form
     torch.testing.assert_close(loaded(drawn(2, 9)), lm(drawn(2, 9)), rtol=0, atol=0)
     loaded.save(tmp_path / "b")
     assert PretrainedMaskedLM(str(tmp_path / "b"), dtype="float32").form == lm.form
+
+
+def test_a_folder_from_before_corruption_was_written_has_none(tmp_path: Path) -> None:
+    network().save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["masked_diffusion"]["corruption"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert PretrainedMaskedLM(str(tmp_path)).form == MaskedForm(MASK)
 
 
 def test_a_causal_model_is_the_beginning_of_a_masked_one(tmp_path: Path) -> None:
@@ -253,6 +263,8 @@ def test_forms_and_layers_that_cannot_be_are_refused() -> None:
         MaskedForm(1, BLOCK, shifted=True)
     with pytest.raises(ValueError, match="mask_id must not be negative, got -1"):
         MaskedForm(-1)
+    with pytest.raises(ValueError, match=r"corruption must be in \[0, 1\), got 1.5"):
+        MaskedForm(1, corruption=1.5)
     with pytest.raises(ValueError, match="has full attention only, not sliding_attention"):
         UntrainedMaskedLM(
             VOCABULARY, 16, 24, 1, 2, architecture="gemma2", attn_implementation="eager"

@@ -120,7 +120,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_a_target_is_trained_validated_and_exported(target: Path) -> None:
     model = PretrainedMaskedLM(str(target / "model"))
-    assert model.form == MaskedForm(mask_id=1) and model.vocab_size == 32
+    assert model.form == MaskedForm(mask_id=1, corruption=0.1) and model.vocab_size == 32
     names: set[str] = set().union(*lines(target / "metrics.jsonl"))
     assert {"val/loss", "val/surprise", "val/solved", "train/loss", "train/surprise"} <= names
     assert not {"val/acceptance", "val/call_ratio"} & names

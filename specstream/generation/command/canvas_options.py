@@ -23,7 +23,8 @@ class CanvasOptions:
         guidance: of classifier-free guidance; 0 is off.
         nested_steps: verify so many of the schedule's steps in one pass (FreeDave); 0 is off.  With
             `--draft_tokens auto` up to so many.
-        copies: canvases that the target scores a draft on; 1 shows it the whole draft.
+        copies: canvases that the target scores a draft on; 1 shows it the whole draft; none: 1 for
+            a target trained with corruption, else 2.
         windows: passes of the trunk that fill a canvas by self-speculation.
         max_target_calls: after so many passes the rest is filled at once; none: never.
         sure: the drafter leaves guesses less probable than this to the target; none: as it was
@@ -36,7 +37,7 @@ class CanvasOptions:
     block_tokens: int | None = None
     guidance: float = 0.0
     nested_steps: int = 0
-    copies: int = 2
+    copies: int | None = None
     windows: int = 4
     max_target_calls: int | None = None
     sure: float | None = None
@@ -46,6 +47,16 @@ class CanvasOptions:
             raise ValueError(f"canvas.nested_steps must not be negative, got {self.nested_steps}")
         if self.unmasking is not None and (self.steps, self.order) != (32, "confidence"):
             raise ValueError("canvas.unmasking replaces the schedule of canvas.steps and order")
+
+    def check_room(self, positions: int) -> None:
+        """Raise ValueError for a number that means nothing on canvases of so many positions."""
+        for name in ("steps", "copies", "windows", "max_target_calls"):
+            value = getattr(self, name)
+            if value not in (None, getattr(CanvasOptions, name)) and value > positions:
+                raise ValueError(
+                    f"canvas.{name} must be at most {positions}, the positions of the canvas, "
+                    f"not {value}"
+                )
 
     def sampler(self, sampling: Sampling, limits: Limits) -> Sampler:
         """Return how the target fills canvases."""
