@@ -145,6 +145,8 @@ def wrong_type(message: str) -> tuple[str, str] | None:
         path, shown = nested[1].rstrip("+"), nested[2]
     if found := re.search(r"Expected a dot import path string: (.+)", message):
         return path, f"'{found[1].strip()}' is not the path of a class"
+    if found := re.match(r"Namespace\(class_path='([^']+)'", shown):
+        shown = found[1]
     subtypes = re.search(r"Subtypes: \[(.*)\]", message)
     expected = (
         subtypes[1].split(", ")
@@ -167,7 +169,7 @@ def constructor_refusal(message: str) -> tuple[str, str] | None:
     """
     if "Does not validate against any of the Union subtypes" not in message:
         return None
-    wrapping = ("- Expected", "- Does not validate")
+    wrapping = ("- Expected", "- Does not validate", "- Import path ")  # of the other classes
     lines = [line.strip() for line in message.splitlines()]
     for number, line in enumerate(lines):
         if line.startswith("- ") and not line.startswith(wrapping):

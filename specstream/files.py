@@ -1,12 +1,16 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and read with one line of error."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+LONGEST_REASON = 200
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -36,3 +40,44 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_table(file: Path) -> dict[str, Any]:
+    """Return the keys and values of a JSON file; ValueError naming it where it holds no table."""
+    with one_line(f"{str(file)!r} is damaged"):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {json.dumps(found)[:20]}, not a table of keys")
+    return found
+
+
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Turn whatever a library raises over a user's file into a ValueError: `what`, and why.
+
+    Every kind of error, because each library has its own for a damaged file.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, without the advice that follows it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    text = f"no key {text}" if isinstance(error, KeyError) else text
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path that is no folder may name a model of the hub.
+
+    Where its first part is a folder here, it is a misspelt path.
+    """
+    if path.startswith((".", "/")) or path.count("/") != 1:
+        return False
+    return not Path(path.partition("/")[0]).is_dir()

@@ -5,10 +5,11 @@ Only this file knows a tokenizer while decoding.  It does not know models or pro
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
+
+from specstream.files import one_line, read_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,11 +38,8 @@ class TextProcessor:
         """Load the tokenizer of a folder or hub model; ValueError in one line if there is none."""
         from transformers import AutoTokenizer
 
-        try:
+        with one_line(f"no tokenizer could be loaded from {path!r}"):
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"no tokenizer could be loaded from {path!r}: {reason}") from error
         return cls(tokenizer, sorted(cls(tokenizer).eos_ids | model_eos_ids(path)))
 
     def encode(self, prompt: str | Sequence[int], chat: bool = False) -> list[int]:
@@ -63,6 +61,16 @@ class TextProcessor:
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
         return cast("list[int]", self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def unknown(self, text: str) -> str | None:
+        """Return the first part of `text` that the tokenizer has no token for; None: it has all."""
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        if unknown is None:
+            return None
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        parts = (text[first:end] for token, (first, end) in pairs if token == unknown)
+        return next((part for part in parts if part != self.tokenizer.unk_token), None)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens` without special tokens."""
@@ -92,11 +100,12 @@ def model_eos_ids(path: str) -> frozenset[int]:
         )
         if file is None:
             continue
-        try:
-            ids = json.loads(Path(file).read_text()).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{name} of {path!r} is damaged: {error}") from error
-        found |= {ids} if isinstance(ids, int) else set(ids or ())
+        with one_line(f"{name} of {path!r} is damaged"):
+            named = read_table(Path(file)).get("eos_token_id")
+            ids = named if isinstance(named, list) else [] if named is None else [named]
+            if any(type(token) is not int for token in ids):
+                raise ValueError(f"eos_token_id must be a token or a list of them, not {named!r}")
+            found.update(ids)
     return frozenset(found)
 
 

@@ -149,7 +149,7 @@ def test_a_comparison_adds_its_keys_to_the_statistics(
 def test_statistics_without_a_comparison_hold_no_baseline(folder: Path, tmp_path: Path) -> None:
     stats = tmp_path / "stats.json"
     stats.write_text("an older run")
-    assert generate(_one(folder, "--stats", str(stats))) == 0
+    assert generate(_one(folder, "--stats", str(stats), "--overwrite", "true")) == 0
     facts = json.loads(stats.read_text())
     assert facts.keys() >= KEYS and not facts.keys() & COMPARED
     assert (facts["modality"], facts["elements"]) == ("text", 10)

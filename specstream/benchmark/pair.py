@@ -17,6 +17,7 @@ from torch import nn
 from specstream.benchmark.prompts import PromptSource
 from specstream.drafters import Drafter, DraftModel
 from specstream.drafters.loading import RECORD, load_drafter
+from specstream.files import is_hub_id
 from specstream.generation.loading import find_device
 from specstream.models import PretrainedLM
 from specstream.processors import TextProcessor
@@ -65,15 +66,9 @@ class Task:
         return path
 
 
-def looks_like_hub_id(path: str) -> bool:
-    """Whether a path that is no folder may name a model of the hub: owner/name."""
-    owner, _, name = path.partition("/")
-    return bool(owner and name) and "/" not in name and not Path(owner).is_dir()
-
-
 def is_model(path: str) -> bool:
     """Whether a path is a folder, or may name a model of the hub."""
-    return Path(path).is_dir() or looks_like_hub_id(path)
+    return Path(path).is_dir() or is_hub_id(path)
 
 
 def draft_folder(run: str) -> Path:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from specstream.files import is_hub_id, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -99,11 +102,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with one_line(f"no tokenizer could be loaded from {path!r}"):
+        if not Path(path).is_dir() and "/" in path and not is_hub_id(path):
+            raise ValueError("there is no such folder")
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # a damaged tokenizer.json raises a bare Exception
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"no tokenizer could be loaded from '{path}': {reason}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer of '{path}' has no fast version (tokenizer.json)")
     if tokenizer.eos_token_id is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from specstream.drafters.loading import RECORD, read_record
 from specstream.drafters.stored import read_tensors, write_tensors
 from specstream.files import replaced_folder
-from specstream.models.fingerprint import fingerprint
+from specstream.models.fingerprint import fingerprint, rounding
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.models.self_speculative import SelfSpeculativeHead
 
@@ -59,6 +59,7 @@ def load_head(folder: Path, trunk: PretrainedMaskedLM) -> SelfSpeculativeHead:
         raise ValueError(
             f"{str(folder)!r} was trained on the trunk {record['target']['path']!r} as it was then "
             f"(fingerprint {expected}), not on {trunk.path or 'this one'!r} (fingerprint {found})"
+            + rounding(trunk.model)
         )
     head = SelfSpeculativeHead(trunk)
     read_tensors(folder / WEIGHTS, head.state_dict())

@@ -182,20 +182,20 @@ def check_tokenizers(target: PretrainedLM, processor: TextProcessor, drafter: Dr
 
 
 def check_data_tokenizer(
-    target: PretrainedLM | PretrainedMaskedLM, processor: TextProcessor
+    model: PretrainedLM | PretrainedMaskedLM, processor: TextProcessor, role: str = "target"
 ) -> None:
-    """Raise ValueError where the data's tokenizer means another text by one of the target's ids.
+    """Raise ValueError where the data's tokenizer means another text by one of the model's ids.
 
-    A target that carries no tokenizer is taken at its word.
+    A model that carries no tokenizer is taken at its word.
     """
-    if not target.path or not _has_tokenizer(target.path):
+    if not model.path or not _has_tokenizer(model.path):
         return
-    conflict = _first_conflict(target.path, processor)
+    conflict = _first_conflict(model.path, processor)
     if conflict is not None:
         index, name, other = conflict
         raise ValueError(
-            f"the data's tokenizer is not that of target {target.path!r}: token {index} is "
-            f"{name!r} in the data and {other!r} for the target"
+            f"the data's tokenizer is not that of {role} {model.path!r}: token {index} is "
+            f"{name!r} in the data and {other!r} for the {role}"
         )
 
 
@@ -240,6 +240,10 @@ def find_device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is not auto, cpu, cuda or cuda:N") from error
+    if device.type == "mps" and torch.backends.mps.is_available():
+        return name
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} does not exist: {torch.cuda.device_count()} GPUs found")
     return name

@@ -12,6 +12,13 @@ from specstream.models.saving import whole
 PROBED = 64  # values read of each tensor: enough to tell two trainings apart, cheap for any size
 
 
+def rounding(model: nn.Module) -> str:
+    """Return what to add where a name is not the expected one: float16 rounds a name away."""
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        return "; in float16 no model is known again: give --dtype bfloat16 or float32"
+    return ""
+
+
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
     """Return 16 hex digits that depend on every tensor's name, shape and first values.

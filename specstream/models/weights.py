@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from specstream.files import is_hub_id, one_line, read_table
 from specstream.models.lora import base_of, fold_in
 from specstream.models.supported import refuse_unsupported
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = ("sdpa", "eager")  # those that take a mask of our own
@@ -40,46 +41,56 @@ def check_attention(name: str) -> None:
         raise ValueError(f"attn_implementation {name!r} is not one of {', '.join(ATTENTIONS)}")
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether a path that is no folder may name a model of the hub."""
-    return not path.startswith((".", "/")) and path.count("/") == 1
-
-
 def load_model(path: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
     """Load a causal LM from a folder or hub id; one ValueError line for whatever goes wrong.
 
     A folder may hold an adapter alone (see lora): it is added into the base that it names.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     check_attention(attn_implementation)
     folder = Path(path)
-    if not folder.is_dir() and not is_hub_id(path):
-        raise ValueError(f"no model folder at {path!r}")
     base = base_of(folder)
     if base is not None:
         return _load_adapted(folder, base, dtype, attn_implementation)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{path!r} holds no config.json, so it is not a model folder")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"cannot load a model from {path!r}: {first_line(error)}") from error
-    refuse_unsupported(config)
-    try:
-        with _without_progress_bars(folder.is_dir()):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-            )
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot load a model from {path!r}: {first_line(error)}") from error
+    read_config(path)
+    with one_line(f"cannot load a model from {path!r}"), quiet_transformers(folder.is_dir()):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
     if report["missing_keys"]:  # transformers would draw them at random and warn
         missing = sorted(report["missing_keys"])
         raise ValueError(
             f"{path!r} lacks {len(missing)} of its model's weights, {missing[0]} for one"
         )
+    if report["unexpected_keys"]:  # and leave these out: it would be another model
+        extra = sorted(report["unexpected_keys"])
+        raise ValueError(
+            f"{path!r} holds {len(extra)} weights that its config.json has no place for, "
+            f"{extra[0]} for one"
+        )
     return model
+
+
+def read_config(path: str) -> PretrainedConfig:
+    """Return the config of a causal LM, of a folder or hub id, before any weight is read.
+
+    Raises ValueError in one line where there is none, and for a model that is not supported.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(path)
+    if not folder.is_dir() and not is_hub_id(path):
+        raise ValueError(f"no model folder at {path!r}")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{path!r} holds no config.json, so it is not a model folder")
+        with one_line(f"cannot load a model from {path!r}"):
+            read_table(folder / "config.json")
+    with one_line(f"cannot load a model from {path!r}"), quiet_transformers(folder.is_dir()):
+        config = AutoConfig.from_pretrained(path)
+        refuse_unsupported(config)
+    return config
 
 
 def _load_adapted(
@@ -99,20 +110,20 @@ def _load_adapted(
 
 
 @contextlib.contextmanager
-def _without_progress_bars(quiet: bool) -> Iterator[None]:
-    """Spare the screen a bar for every local load; downloads keep theirs."""
+def quiet_transformers(local: bool = True) -> Iterator[None]:
+    """Spare the screen the reports of `transformers`: what matters of them is raised.
+
+    Of a local load its bar too; downloads keep theirs.
+    """
     from transformers.utils import logging
 
-    shown = quiet and logging.is_progress_bar_enabled()
+    shown, verbosity = local and logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
     if shown:
         logging.disable_progress_bar()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says, without the advice that follows it."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.distributed.tensor import DTensor
 
 from specstream.config_errors import ConfigError, OneLineErrors
 from specstream.training.base import SummedLossModule
@@ -25,6 +27,7 @@ from specstream.training.checkpoints import (
     TrainingStopped,
 )
 from specstream.training.history import HistoryLogger, plot_losses
+from specstream.training.model_blocks import check_model_blocks
 from specstream.training.model_card import write_model_card
 from specstream.training.progress import StepProgress
 from specstream.training.provenance import write_provenance
@@ -104,6 +107,8 @@ class TrainCLI(LightningCLI):
         later_process = bool(getattr(rank_zero_only, "rank", None))  # the first one is writing
         may_exist = self.config["overwrite"] or later_process
         self.resume_from = self.run_folder.open(may_exist, self.config["ckpt_path"])
+        rows = self.config["data"].get("init_args", {}).get("sequence_length")
+        check_model_blocks(self.config["model"], rows)
 
     def instantiate_classes(self) -> None:
         try:
@@ -185,6 +190,11 @@ def run_training(arguments: list[str]) -> int:
         return fit_and_export(arguments)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        print("another process of this training has ended; it says why", file=sys.stderr)
+        return 1
 
 
 def fit_and_export(arguments: list[str]) -> int:
@@ -234,6 +244,7 @@ def fit_and_export(arguments: list[str]) -> int:
 def finish(cli: TrainCLI) -> None:
     """Export what was trained, with its loss curve and its card."""
     run, processor = cli.run_folder.path, cli.datamodule.processor
+    refuse_diverged(cli)
     if not cli.trainer.is_global_zero:
         if is_sharded(cli.model):  # gathering needs every process; only the first one's files stay
             with TemporaryDirectory() as elsewhere:
@@ -249,6 +260,25 @@ def finish(cli: TrainCLI) -> None:
             "--ckpt_path last exports it again"
         ) from error
     say(f"trained {cli.trainer.global_step} steps; wrote {exported}")
+
+
+def refuse_diverged(cli: TrainCLI) -> None:
+    """Raise SaveFailed, in every process, where a trained weight is no finite number."""
+    parameters = [p for p in cli.model.parameters() if p.requires_grad]
+    shards = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    diverged = not all(bool(shard.isfinite().all()) for shard in shards)
+    if is_sharded(cli.model):
+        diverged = cli.trainer.strategy.reduce_boolean_decision(diverged, all=False)
+    if diverged:
+        raise SaveFailed(
+            f"training diverged: after {cli.trainer.global_step} steps there are weights that are "
+            f"not finite, so nothing is exported; the checkpoints in {cli.run_folder.path} are kept"
+        )
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether another process of the run ended while this one waited for it."""
+    return "Connection closed by peer" in str(error)
 
 
 def _as_list(value: Any) -> list[Any]:

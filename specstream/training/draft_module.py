@@ -141,7 +141,12 @@ def check_single_places(divergence: Divergence, instead: str) -> None:
 
 
 def check_apart(target: str, run: Path) -> None:
-    """Raise ValueError for a target in a folder that the run writes, and would replace."""
+    """Raise ValueError for a target in a folder that the run writes, and for a run inside it."""
+    folder = Path(target).resolve()
+    if target and folder.is_dir() and folder in (run.resolve(), *run.resolve().parents):
+        raise ValueError(
+            f"run: {run} is in the folder of the target {target!r}; give --run another"
+        )
     if any(Path(target).resolve() == (run / name).resolve() for name in WRITTEN_FOLDERS):
         raise ValueError(
             f"run: {run} holds the target {target!r}, which would be replaced; give --run another "

@@ -50,6 +50,8 @@ def generate_many(
     prompts = PromptFile(options.prompts, options.template, options.limit).read()
     pipeline = make_pipeline(options.device if devices == 1 else "cpu")
     check_all(pipeline, prompts)
+    if isinstance(pipeline, MaskedPipeline):
+        options.canvas.check_room(max(len(pipeline.encode(p).tokens) for p in prompts))
     job = Job(
         prompts,
         [

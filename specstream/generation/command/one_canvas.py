@@ -89,6 +89,7 @@ class CanvasComparison:
 def fill_one(pipeline: MaskedPipeline, options: Options) -> int:
     """Fill the canvas of `options.prompt` and show it; returns the exit code, 130 after Ctrl-C."""
     assert options.prompt is not None
+    options.canvas.check_room(len(pipeline.encode(options.prompt).tokens))
     display = RoundDisplay(pipeline).show if options.show_drafts else None
     found: Filled | None = None
     comparison: CanvasComparison | None = None

@@ -47,7 +47,7 @@ class Options:
         limit: only the first so many prompts of that file.
         output: the .jsonl that gets the continuations, in the order of the prompts; of media, the
             .png, .mp4 or .wav.
-        overwrite: replace an output that exists.
+        overwrite: replace an output, or statistics, that exist.
         devices: decode a file of prompts in so many processes, one for each device.
         batch_size: prompts decoded at once.
         max_new_tokens: a continuation is no longer.
@@ -227,8 +227,10 @@ def _check_paths(options: Options) -> None:
     for (name, path), (other, before) in itertools.combinations(reversed(given), 2):
         if Path(path).resolve() == Path(before).resolve():
             wrong(name, f"'{path}' is the file of --{other}, which it would replace")
-    if options.output is not None and Path(options.output).exists() and not options.overwrite:
-        wrong("output", f"'{options.output}' exists; give --overwrite true to replace it")
+    for name in ("output", "stats"):
+        path = getattr(options, name)
+        if path is not None and Path(path).exists() and not options.overwrite:
+            wrong(name, f"'{path}' exists; give --overwrite true to replace it")
 
 
 def _check_devices(options: Options) -> None:

@@ -1,0 +1,78 @@
+"""What a config says of its models before anything is prepared: sizes, and room for the rows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from specstream.files import is_hub_id, read_table
+from specstream.models.fresh import fresh_config
+from specstream.models.lora import base_of
+
+FRESH = {"UntrainedLM", "UntrainedMaskedLM"}
+LOADED = {"PretrainedLM", "PretrainedMaskedLM", "MaskedFromCausal"}
+ROOM = ("max_position_embeddings", "n_positions", "max_sequence_length")  # in a config.json
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBlock:
+    """A model of a config: its `role` (target, drafter or model), class and arguments."""
+
+    role: str
+    class_name: str
+    arguments: dict[str, Any]
+
+
+def check_model_blocks(model: Namespace, sequence_length: int | None) -> None:
+    """Raise ValueError for models that cannot be made, or have less room than the data's rows.
+
+    Of fresh models all is known, of those in folders what their config.json says.
+    """
+    for block in model_blocks(model):
+        room = fresh_room(block) if block.class_name in FRESH else stored_room(block)
+        if room is not None and sequence_length is not None and sequence_length > room:
+            raise ValueError(
+                f"data: sequence_length {sequence_length} is longer than the {room} positions of "
+                f"the {block.role}"
+            )
+
+
+def model_blocks(node: Any, role: str = "model") -> Iterator[ModelBlock]:
+    """Find the models of specstream in a config."""
+    if isinstance(node, list):
+        for part in node:
+            yield from model_blocks(part, role)
+    if not isinstance(node, Namespace):
+        return
+    module, _, name = str(node.get("class_path", "")).rpartition(".")
+    if module.startswith("specstream.models") and name in FRESH | LOADED:
+        yield ModelBlock(role, name, vars(node.get("init_args", Namespace())))
+        return
+    for key, part in vars(node).items():
+        yield from model_blocks(part, key if key in ("target", "drafter") else role)
+
+
+def fresh_room(block: ModelBlock) -> int:
+    """Return the positions of a model with fresh weights, once it is sure that it can be made."""
+    names = inspect.signature(fresh_config).parameters
+    sizes = {name: value for name, value in block.arguments.items() if name in names}
+    config = fresh_config(**sizes)
+    return int(sizes.get("max_positions", config.max_position_embeddings))
+
+
+def stored_room(block: ModelBlock) -> int | None:
+    """Return the positions that a folder's config.json names; None where it does not say."""
+    folder = Path(block.arguments["path"])
+    if not folder.is_dir() and not is_hub_id(str(folder)):
+        raise ValueError(f"no model folder at {str(folder)!r}")
+    base = base_of(folder)
+    file = (folder if base is None else Path(base)) / "config.json"
+    if not file.is_file():
+        return None  # whoever loads it says why
+    found = read_table(file)
+    return next((found[name] for name in ROOM if type(found.get(name)) is int), None)
