@@ -9,37 +9,17 @@ from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import FixedLength
 from specstream.models import Denoiser, FlowSchedule
 from specstream.transitions import Prediction
+from tests.denoising_toys import counts_of, gaussian_model
 
 SHAPE = (3,)
 STEPS = 12
 
 
-class ExactEstimate(nn.Module):
-    """E[x0 | x] of data N(mean, width^2) on a straight path, as a network that predicts data."""
-
-    def __init__(self, mean: float, width: float) -> None:
-        super().__init__()
-        self.law = nn.Parameter(torch.tensor([mean, width], dtype=torch.float64))
-        self.calls = 0
-        self.rows = 0
-
-    def forward(self, states: Tensor, times: Tensor) -> Tensor:
-        self.calls, self.rows = self.calls + 1, self.rows + len(states)
-        sigma = times.double() / 1000
-        alpha, (mean, width) = 1 - sigma, self.law
-        gain = alpha * width**2 / (alpha**2 * width**2 + sigma**2)
-        return mean + gain * (states - alpha * mean)
-
-
-def model(mean: float = 1.0, width: float = 0.5) -> Denoiser:
-    return Denoiser(ExactEstimate(mean, width), FlowSchedule(), SHAPE, Prediction.DATA)
-
-
 def drafters() -> dict[str, StateDrafter]:
     return {
         "estimate": FrozenEstimate(),
-        "velocity": FrozenVelocity(model()),
-        "independent": IndependentDenoiser(model(0.4, 0.7)),
+        "velocity": FrozenVelocity(gaussian_model()),
+        "independent": IndependentDenoiser(gaussian_model(0.4, 0.7)),
     }
 
 
@@ -48,7 +28,7 @@ def sampler(
 ) -> DenoisingPipeline:
     lengths = None if drafter is None else FixedLength(5)
     return DenoisingPipeline(
-        model(), STEPS, eta, drafter=drafter, lengths=lengths, batch_size=batch_size
+        gaussian_model(), STEPS, eta, drafter=drafter, lengths=lengths, batch_size=batch_size
     )
 
 
@@ -81,10 +61,8 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 def test_the_counts_are_what_the_target_saw() -> None:
     pipeline = sampler(FrozenEstimate(), 4)
     pipeline.complete(6, seed=0)
-    network = pipeline.target.network
-    assert isinstance(network, ExactEstimate)
     stats = pipeline.stats
-    assert (stats.target_calls, stats.target_rows) == (network.calls, network.rows)
+    assert (stats.target_calls, stats.target_rows) == counts_of(pipeline.target)
     assert stats.elements == 6 * STEPS == stats.full_committed
     assert stats.target_rows == stats.full_rounds + stats.draft_lengths
 
@@ -118,3 +96,9 @@ def test_guidance_pushes_from_the_unconditional_answer() -> None:
     samples = pipeline.complete(2, {"classes": torch.tensor([0, 4])})
     assert torch.allclose(samples, torch.tensor([3.0, 15.0])[:, None].expand(2, 3))
     assert pipeline.stats.target_rows == 2 * 2 * 4
+
+
+def test_guidance_without_a_condition_costs_no_rows() -> None:
+    pipeline = DenoisingPipeline(gaussian_model(), 4, guidance=3.0)
+    pipeline.complete(2)
+    assert pipeline.stats.target_rows == 2 * 4 == counts_of(pipeline.target)[1]

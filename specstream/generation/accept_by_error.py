@@ -1,0 +1,174 @@
+"""Deterministic sampling with drafted steps that stand where they are close to the target's.
+
+FlowCast (2026, arXiv 2602.01329): velocities are guessed from earlier ones, the states that they
+lead to are evaluated in one call, and the longest prefix stands whose guesses differ from the
+target's velocities by no more than a tolerance.  From the state after that prefix the target's own
+velocity goes on, so that every round makes at least one true step and a row whose guess falls has
+lost nothing but rows of a call.  The prefix that stands is taken again by the velocities that the
+target gave at the drafted states: a sweep of Picard's iteration that costs no call and leaves a
+fraction of the error; published is to keep the drafted states.
+
+There is no law that this keeps: it is a step size chosen by the error, to be judged against a
+better solver with as many calls (`generation.solvers`).
+
+Velocities are those of the straight path, noise - x0 over sigma / (alpha + sigma), which is the
+flow's own and exists for every schedule.  The published guess is the last velocity (order 0); one
+that follows the line through the last two is far better at the same cost (order 1, as TaylorSeer
+does with features, Liu et al. 2025).
+
+Shapes: R rows, K drafted steps, S the shape of a state, N steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specstream.generation.denoising_sampler import DenoisingSampler
+from specstream.generation.lengths import DraftLength, FixedLength
+from specstream.generation.solvers import straight_places
+from specstream.models.denoiser import Denoiser
+from specstream.sampling import Noise
+from specstream.structures import Guarantee, StateContext
+from specstream.transitions import Prediction, data_estimate, network_output, transition, wide
+
+
+@dataclass(frozen=True, slots=True)
+class VelocityDraft:
+    """K guessed velocities of each row, and the states that they lead to."""
+
+    velocities: Tensor  # (R, K, *S)
+    states: Tensor  # (R, K+1, *S) the first is the row's own
+
+
+class AcceptByErrorPipeline(DenoisingSampler):
+    """Draws samples of the deterministic sampler in fewer rounds, with a bounded error.
+
+    Args:
+        target: the diffusion model.
+        num_steps: denoising steps of a sample, N.
+        tolerance: the largest mean squared difference of a guessed velocity from the target's;
+            0 is the plain sampler.
+        order: 0 guesses the last velocity, 1 follows the line through the last two.
+        retake: take the steps that stand again by the target's velocities; False: as published.
+        guidance: weight of the condition (Ho and Salimans 2022); 1 is none.
+        lengths: how many steps to draft, at most; None: 8.
+        batch_size: samples drawn together; the result does not depend on it.
+    """
+
+    def __init__(
+        self,
+        target: Denoiser,
+        num_steps: int = 50,
+        tolerance: float = 0.01,
+        order: int = 1,
+        retake: bool = True,
+        guidance: float = 1.0,
+        lengths: DraftLength | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        if not tolerance >= 0:
+            raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+        if order not in (0, 1):
+            raise ValueError(f"order must be 0 or 1, got {order}")
+        self.tolerance = tolerance
+        self.order = order
+        self.retake = retake
+        lengths = lengths or FixedLength(8)
+        super().__init__(target, num_steps, 0.0, guidance, lengths, batch_size)
+        self.places = straight_places(self.grid)
+        self._slopes = torch.empty(0)  # (B, *S) of the velocity, at the last that was verified
+
+    @property
+    def guarantee(self) -> Guarantee:
+        return Guarantee.BOUNDED_ERROR
+
+    @property
+    def law(self) -> str:
+        return f"the target's, each velocity within a mean squared error of {self.tolerance:g}"
+
+    def _start(
+        self, indices: Sequence[int], condition: dict[str, Tensor], noise: Noise
+    ) -> StateContext:
+        context = super()._start(indices, condition, noise)
+        self._slopes = torch.zeros_like(context.states)
+        return context
+
+    def _round(
+        self, context: StateContext, index: Tensor, wanted: Sequence[int], noise: Noise
+    ) -> Tensor:
+        part = context.rows(index)
+        lengths = torch.tensor(wanted, device=part.steps.device)
+        draft = self._propose(part, self._slopes[index], max(wanted))
+        estimates = self._evaluate(part, draft.states, lengths)
+        steps = self._steps(part, draft.states.shape[1])  # (R, K+1)
+        flat = (estimates.flatten(0, 1), draft.states.flatten(0, 1), steps.flatten())
+        velocities = self._velocity(*flat).view_as(estimates)
+        errors = (draft.velocities - velocities[:, :-1]).flatten(2).double().square().mean(-1)
+        real = torch.arange(max(wanted), device=steps.device) < lengths[:, None]
+        counts = ((errors <= self.tolerance) & real).long().cumprod(1).sum(1)
+        rows = torch.arange(len(index), device=index.device)
+        if self.retake:
+            following = self._retake(part, velocities, estimates[:, 0])[rows, counts]
+        else:
+            at, last = part.steps + counts, draft.states[rows, counts]
+            following = transition(estimates[rows, counts], last, at, self.grid, self.eta).means
+        if self.order:
+            self._slopes[index] = self._slope(part, velocities, counts)
+        self._commit(context, index, counts, draft.states, estimates, following)
+        return counts
+
+    def _steps(self, part: StateContext, places: int) -> Tensor:
+        ahead = torch.arange(places, device=part.steps.device)
+        return (part.steps[:, None] + ahead).clamp(max=self.grid.num_steps - 1)
+
+    def _velocity(self, estimates: Tensor, states: Tensor, steps: Tensor) -> Tensor:
+        """Return the velocity (R, *S) that an estimate of the data stands for."""
+        alphas, sigmas = self.grid.alphas[steps], self.grid.sigmas[steps]
+        return network_output(estimates, states, alphas, sigmas, Prediction.FLOW)
+
+    def _propose(self, part: StateContext, slopes: Tensor, num_steps: int) -> VelocityDraft:
+        """Guess the velocities of the next `num_steps` steps, and take these steps."""
+        seen = part.seen_steps.clamp(min=0)
+        last = self._velocity(part.estimates, part.seen, seen)
+        guesses, states = [], [part.states]
+        for steps in self._steps(part, num_steps).unbind(1):
+            guess = last + wide(self.places[steps] - self.places[seen], last) * slopes
+            states.append(self._step(guess, states[-1], steps))
+            guesses.append(guess)
+        drafted = torch.stack(guesses, 1) if guesses else part.states[:, None][:, :0]
+        return VelocityDraft(drafted, torch.stack(states, 1))
+
+    def _retake(self, part: StateContext, velocities: Tensor, estimates: Tensor) -> Tensor:
+        """Return the states (R, K+1, *S) that the target's velocities (R, K+1, *S) lead to.
+
+        estimates (R, *S): what it says of the rows' own states, so that one step is a plain one.
+        """
+        plain = transition(estimates, part.states, part.steps, self.grid, self.eta).means
+        states = [plain]
+        for place, steps in enumerate(self._steps(part, velocities.shape[1]).unbind(1)[1:], 1):
+            states.append(self._step(velocities[:, place], states[-1], steps))
+        return torch.stack(states, 1)
+
+    def _step(self, velocities: Tensor, states: Tensor, steps: Tensor) -> Tensor:
+        """Return the states (R, *S) that follow `states` by velocities (R, *S)."""
+        alphas, sigmas = self.grid.alphas[steps], self.grid.sigmas[steps]
+        estimates = data_estimate(velocities, states, alphas, sigmas, Prediction.FLOW)
+        return transition(estimates, states, steps, self.grid, self.eta).means
+
+    def _slope(self, part: StateContext, velocities: Tensor, counts: Tensor) -> Tensor:
+        """Return the slope (R, *S) through the last two velocities that were verified.
+
+        velocities (R, K+1, *S): the target's of this round.  A row with one only has none.
+        """
+        seen = part.seen_steps.clamp(min=0)
+        before = self._velocity(part.estimates, part.seen, seen)
+        known = torch.cat([before[:, None], velocities], 1)  # (R, K+2, *S)
+        rows = torch.arange(len(counts), device=counts.device)
+        at = part.steps + counts
+        change = known[rows, counts + 1] - known[rows, counts]
+        stride = self.places[at] - self.places[(at - 1).clamp(min=0)]
+        return change * wide(torch.where(at > 0, 1 / stride, 0), change)

@@ -1,0 +1,232 @@
+"""What all samplers of a diffusion model share: rows that each stand at a step of their own.
+
+In every round a row may draft some of its next steps, the target evaluates the row's state and the
+drafted ones of all rows in one call, and the row moves on by the drafted steps that stand and by
+one of the target's own.  What is drafted and what stands is the subclass's.
+
+Shapes: B rows, K drafted steps, S the shape of a state, N steps.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from specstream.generation.lengths import DraftLength, RowLength
+from specstream.models.denoiser import Denoiser
+from specstream.sampling import Noise, Role
+from specstream.structures import Guarantee, StateContext, StateStep, Stats
+
+
+class DenoisingSampler(ABC):
+    """Draws samples of a diffusion model; `samples` and `stats` hold those of the last run.
+
+    The constructor reads `guarantee` and `law`: a subclass sets what these need before.
+
+    Args:
+        target: the diffusion model.
+        num_steps: denoising steps of a sample, N.
+        eta: 0 is the deterministic sampler (DDIM; Euler's method on a flow), 1 the ancestral one.
+        guidance: weight of the condition (Ho and Salimans 2022); 1 is none.
+        lengths: how many steps to draft, at most.
+        batch_size: samples drawn together; the result does not depend on it.
+    """
+
+    def __init__(
+        self,
+        target: Denoiser,
+        num_steps: int,
+        eta: float,
+        guidance: float,
+        lengths: DraftLength,
+        batch_size: int,
+    ) -> None:
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be in [0, 1], got {eta}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.target = target
+        self.grid = target.schedule.grid(num_steps).to(target.device)
+        self.eta = eta
+        self.guidance = guidance
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.stats = self._new_stats()
+        self.samples = torch.empty(0)
+
+    @property
+    @abstractmethod
+    def guarantee(self) -> Guarantee:
+        """What a run promises of its samples, relative to `law`."""
+
+    @property
+    def law(self) -> str:
+        """The law that the guarantee is about, in words."""
+        return "the target's"
+
+    def generate(
+        self,
+        num_samples: int,
+        condition: Mapping[str, Tensor] | None = None,
+        *,
+        seed: int | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> Iterator[StateStep]:
+        """Draw samples and yield what each round does to each of them.
+
+        `condition` holds tensors of `num_samples` rows.  A sample depends on `seed` and on its
+        index, 0, 1, ... unless `indices` are given, and on nothing else of the batch.
+        """
+        numbers = list(range(num_samples)) if indices is None else list(indices)
+        assert len(set(numbers)) == num_samples, "samples need different indices"
+        condition = {} if condition is None else dict(condition)
+        self.stats = self._new_stats()
+        self.stats.prompts = num_samples
+        self.samples = torch.zeros(num_samples, *self.target.shape)
+        noise = Noise(0 if seed is None else seed, self.target.device)
+        for first in range(0, num_samples, self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            chosen = {name: value[rows].to(self.target.device) for name, value in condition.items()}
+            context = self._start(numbers[rows], chosen, noise)
+            yield from self._timed(self._rounds(context, noise))
+            self.samples[rows] = context.states.cpu()
+
+    def complete(
+        self,
+        num_samples: int,
+        condition: Mapping[str, Tensor] | None = None,
+        *,
+        seed: int | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Draw samples (num_samples, *S), float32 on the CPU."""
+        for _ in self.generate(num_samples, condition, seed=seed, indices=indices):
+            pass
+        return self.samples
+
+    @abstractmethod
+    def _round(
+        self, context: StateContext, index: Tensor, wanted: Sequence[int], noise: Noise
+    ) -> Tensor:
+        """Draft `wanted` steps of the rows `index` (R,), verify and commit them.
+
+        Returns how many of them stand, (R,): the rows have moved on by one step more.
+        """
+
+    def _room(self, step: int) -> int:
+        """Return how many steps a row at `step` may draft: before the first nothing is known."""
+        return self.grid.num_steps - 1 - step if step else 0  # the last is the target's own
+
+    def _start(
+        self, indices: Sequence[int], condition: dict[str, Tensor], noise: Noise
+    ) -> StateContext:
+        device = self.target.device
+        samples = torch.tensor(indices, device=device)
+        zeros = torch.zeros_like(samples)
+        pure = noise.normal(samples, zeros, self.target.shape, Role.START).float()
+        return StateContext(
+            states=pure,
+            steps=zeros.clone(),
+            samples=samples,
+            drawn=zeros.clone(),
+            condition=condition,
+            seen=pure.clone(),
+            seen_steps=zeros - 1,
+            estimates=torch.zeros_like(pure),
+        )
+
+    def _rounds(self, context: StateContext, noise: Noise) -> Iterator[list[StateStep]]:
+        total = self.grid.num_steps
+        numbers = context.samples.tolist()
+        rows = [self.lengths.for_row(None) for _ in numbers]
+        steps = [0] * len(rows)
+        while any(step < total for step in steps):
+            active = [row for row, step in enumerate(steps) if step < total]
+            wanted = [self._wanted(steps[row], rows[row]) for row in active]
+            self.stats.draft_calls += any(wanted)
+            index = torch.tensor(active, device=context.steps.device)
+            kept = self._round(context, index, wanted, noise)
+            counts = kept.tolist()  # the one wait for the device in a round
+            for row, length, count in zip(active, wanted, counts, strict=True):
+                rows[row].record(min(count + 1, length), count)
+                steps[row] += count + 1
+            self._count(wanted, counts)
+            yield [
+                StateStep(numbers[row], length, count, steps[row], steps[row] == total)
+                for row, length, count in zip(active, wanted, counts, strict=True)
+            ]
+
+    def _wanted(self, step: int, row: RowLength) -> int:
+        room = self._room(step)
+        return min(row.choose(), room) if room > 0 else 0
+
+    def _evaluate(self, part: StateContext, states: Tensor, lengths: Tensor) -> Tensor:
+        """Return what the target says, in one call, of the states (B, K+1, *S) of a round.
+
+        Of row b it sees the first lengths[b] + 1; what it is not shown is 0.
+        """
+        ahead = torch.arange(states.shape[1], device=lengths.device)
+        row, place = (ahead <= lengths[:, None]).nonzero(as_tuple=True)
+        condition = {name: value[row] for name, value in part.condition.items()}
+        steps = part.steps[row] + place
+        said = self.target(states[row, place], steps, self.grid, condition, self.guidance)
+        self.stats.target_calls += 1
+        self.stats.target_rows += len(row) * (2 if self.guidance != 1 and condition else 1)
+        estimates = torch.zeros_like(states)
+        estimates[row, place] = said
+        return estimates
+
+    def _commit(
+        self,
+        context: StateContext,
+        index: Tensor,
+        counts: Tensor,
+        states: Tensor,
+        estimates: Tensor,
+        following: Tensor,
+    ) -> None:
+        """Move the rows `index` (R,) on by the `counts` (R,) that stand and one step more.
+
+        states and estimates (R, K+1, *S): what the target saw and said; following (R, *S): the
+        states that come after what stands.
+        """
+        rows = torch.arange(len(index), device=index.device)
+        context.states[index] = following
+        context.seen[index] = states[rows, counts]
+        context.estimates[index] = estimates[rows, counts]
+        context.seen_steps[index] = context.steps[index] + counts
+        context.steps[index] += counts + 1
+
+    def _count(self, wanted: Sequence[int], counts: Sequence[int]) -> None:
+        """Add a round to the counts of the run."""
+        stats = self.stats
+        for length, count in zip(wanted, counts, strict=True):
+            missing = length - len(stats.tested)
+            stats.tested += [0] * max(missing, 0)
+            stats.accepted += [0] * max(missing, 0)
+            for place in range(min(count + 1, length)):
+                stats.tested[place] += 1
+                stats.accepted[place] += place < count
+            stats.elements += count + 1
+            stats.full_rounds += 1
+            stats.full_committed += count + 1
+            stats.plain_rounds += length == 0
+            stats.draft_lengths += length
+
+    def _timed(self, rounds: Iterator[list[StateStep]]) -> Iterator[StateStep]:
+        """Run the rounds; the clock runs while we work and stands while the caller does."""
+        while True:
+            started = time.perf_counter()
+            with torch.inference_mode():
+                steps = next(rounds, None)
+            self.stats.seconds += time.perf_counter() - started
+            if steps is None:
+                return
+            yield from steps
+
+    def _new_stats(self) -> Stats:
+        return Stats("media", self.guarantee, law=self.law)

@@ -1,0 +1,130 @@
+"""Deterministic sampling with drafts that stand by their error: what it costs and what it gains."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from specstream.generation.accept_by_error import AcceptByErrorPipeline
+from specstream.generation.denoising import DenoisingPipeline
+from specstream.generation.lengths import FixedLength
+from specstream.sampling import Noise
+from tests.denoising_toys import counts_of, gaussian_model, mixture_model
+
+STEPS = 30
+ROWS = 6
+
+
+def sampler(
+    tolerance: float,
+    order: int = 1,
+    batch_size: int = ROWS,
+    discrete: bool = False,
+    retake: bool = True,
+) -> AcceptByErrorPipeline:
+    model = mixture_model(discrete=discrete)
+    return AcceptByErrorPipeline(
+        model, STEPS, tolerance, order, retake, 1.0, FixedLength(5), batch_size
+    )
+
+
+def plain(discrete: bool = False) -> Tensor:
+    return DenoisingPipeline(mixture_model(discrete=discrete), STEPS, 0.0).complete(ROWS)
+
+
+def rounds(pipeline: AcceptByErrorPipeline) -> float:
+    return pipeline.stats.full_rounds / pipeline.stats.prompts
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("order", [0, 1])
+def test_no_tolerance_is_the_plain_sampler_in_as_many_rounds(order: int, discrete: bool) -> None:
+    pipeline = sampler(0.0, order, discrete=discrete)
+    assert torch.equal(pipeline.complete(ROWS), plain(discrete))
+    assert pipeline.stats.target_calls == STEPS
+    assert pipeline.stats.acceptance == 0
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_more_tolerance_takes_fewer_rounds_and_errs_more(discrete: bool) -> None:
+    right, found, errors = plain(discrete), [], []
+    for tolerance in (1e-4, 1e-2, 1.0):
+        pipeline = sampler(tolerance, discrete=discrete)
+        errors.append(float((pipeline.complete(ROWS) - right).square().mean().sqrt()))
+        found.append(rounds(pipeline))
+        assert pipeline.stats.guarantee.value == "bounded error"
+        assert f"{tolerance:g}" in pipeline.stats.law
+    assert STEPS > found[0] > found[1] > found[2] >= 1 + (STEPS - 1) / 6
+    assert 0 < errors[0] < errors[1] < errors[2]
+
+
+def test_the_line_through_two_velocities_beats_the_last_velocity() -> None:
+    constant, line = sampler(0.02, 0, retake=False), sampler(0.005, 1, retake=False)
+    right = plain()
+    away = [float((p.complete(ROWS) - right).square().mean()) for p in (constant, line)]
+    assert rounds(line) <= rounds(constant)
+    assert away[1] < away[0] / 4
+
+
+def test_steps_taken_again_by_the_targets_velocities_err_less_for_the_same_rounds() -> None:
+    kept, retaken = sampler(0.01, retake=False), sampler(0.01)
+    right = plain()
+    away = [float((p.complete(ROWS) - right).square().mean()) for p in (kept, retaken)]
+    assert away[1] < away[0] / 4
+    assert rounds(retaken) < 1.1 * rounds(kept)
+
+
+def test_a_row_whose_draft_falls_goes_on_with_the_targets_own_step() -> None:
+    pipeline, noise = sampler(0.01, retake=False), Noise(0)
+    context = pipeline._start(range(ROWS), {}, noise)
+    before, fallen = context.states.clone(), 0
+    with torch.inference_mode():
+        for steps in pipeline._rounds(context, noise):
+            for step in steps:
+                row = step.sample
+                seen = context.seen[row][None]
+                said = pipeline.target(seen, torch.tensor([step.done - 1]), pipeline.grid)
+                # on a flow a plain step is x + (sigma_s - sigma_t) (x - x0) / sigma_t
+                sigmas = pipeline.grid.sigmas[step.done - 1 : step.done + 1]
+                own = seen + (sigmas[1] - sigmas[0]) * (seen - said) / sigmas[0]
+                assert torch.allclose(context.states[row], own[0].float(), atol=1e-5)
+                if not step.accepted:  # nothing that was drafted is left behind
+                    assert torch.equal(seen[0], before[row])
+                fallen += step.accepted < step.drafted
+            before = context.states.clone()
+    assert fallen > ROWS
+
+
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    together = sampler(0.01).complete(ROWS, seed=3)
+    alone = sampler(0.01, batch_size=1).complete(2, seed=3, indices=[5, 1])
+    assert torch.allclose(together[[5, 1]], alone, atol=1e-6)
+
+
+def test_the_counts_are_what_the_target_saw() -> None:
+    pipeline = sampler(0.01, batch_size=4)
+    done = {}
+    for step in pipeline.generate(ROWS):
+        assert step.done == done.get(step.sample, 0) + step.accepted + 1
+        done[step.sample] = step.done
+    stats = pipeline.stats
+    assert done == dict.fromkeys(range(ROWS), STEPS)
+    assert (stats.target_calls, stats.target_rows) == counts_of(pipeline.target)
+    assert stats.elements == ROWS * STEPS == stats.full_rounds + sum(stats.accepted)
+    assert stats.target_rows == stats.full_rounds + stats.draft_lengths
+    assert sum(stats.tested) > sum(stats.accepted) > 0
+
+
+def test_a_velocity_that_never_changes_is_guessed_for_ever() -> None:
+    model = gaussian_model(1.0, 1e-9)  # all data in one point: the paths are straight
+    pipeline = AcceptByErrorPipeline(model, STEPS, 1e-6, 0, lengths=FixedLength(9))
+    assert torch.allclose(pipeline.complete(2), torch.ones(2, 3), atol=1e-5)
+    assert pipeline.stats.target_calls == 1 + 3  # the first guesses nothing, then ten at once
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "order", "message"),
+    [(-1.0, 1, "tolerance must be at least 0"), (0.1, 2, "order must be 0 or 1, got 2")],
+)
+def test_what_cannot_be_is_refused(tolerance: float, order: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampler(tolerance, order)
