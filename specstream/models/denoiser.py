@@ -13,14 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specstream.models.noise_schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
+from specstream.models.noise_schedule import (
+    DiscreteSchedule,
+    FlowSchedule,
+    NoiseSchedule,
+    SigmaSchedule,
+)
 from specstream.models.patch_transformer import PatchTransformer
 from specstream.transitions import Prediction, StepGrid, data_estimate
 
 FORM = "denoiser.json"
 WEIGHTS = "denoiser.safetensors"
 SCHEDULES: dict[str, type[NoiseSchedule]] = {
-    kind.__name__: kind for kind in (FlowSchedule, DiscreteSchedule)
+    kind.__name__: kind for kind in (FlowSchedule, DiscreteSchedule, SigmaSchedule)
 }
 
 
@@ -32,6 +37,7 @@ class Denoiser(nn.Module):
         schedule: its noise levels.
         shape: of a state, S.
         prediction: what the network returns.
+        clip: estimates of the data are cut to -clip..clip; None: they are left alone.
     """
 
     def __init__(
@@ -40,12 +46,14 @@ class Denoiser(nn.Module):
         schedule: NoiseSchedule,
         shape: Sequence[int],
         prediction: Prediction = Prediction.FLOW,
+        clip: float | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.schedule = schedule
         self.shape = tuple(shape)
         self.prediction = prediction
+        self.clip = clip
         self.path: str | None = None
 
     @property
@@ -87,7 +95,8 @@ class Denoiser(nn.Module):
             given, free = doubled.chunk(2)
             output = free + guidance * (given - free)
         alphas, sigmas = grid.alphas[steps], grid.sigmas[steps]
-        return data_estimate(output, states.float(), alphas, sigmas, self.prediction)
+        estimates = data_estimate(output, states.float(), alphas, sigmas, self.prediction)
+        return estimates if self.clip is None else estimates.clamp(-self.clip, self.clip)
 
     def unconditional(self, name: str, value: Tensor) -> Tensor:
         """Return what stands for "no condition" in place of `value` (R, ...)."""
@@ -104,6 +113,7 @@ class Denoiser(nn.Module):
             "schedule": {"class": type(self.schedule).__name__, **vars(self.schedule)},
             "shape": list(self.shape),
             "prediction": self.prediction.value,
+            "clip": self.clip,
         }
         (folder / FORM).write_text(json.dumps(form, indent=2) + "\n")
         save_file(
@@ -125,7 +135,7 @@ def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoi
         network = PatchTransformer(**form["network"])
         network.load_state_dict(load_file(folder / WEIGHTS))
         prediction = Prediction(form["prediction"])
-        denoiser = Denoiser(network, schedule, form["shape"], prediction)
+        denoiser = Denoiser(network, schedule, form["shape"], prediction, form.get("clip"))
     except FileNotFoundError as error:
         raise ValueError(
             f"'{path}' is no denoiser: it has no {Path(error.filename).name}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-METHODS = ("none", "int8_weight_only")
+METHODS = ("none", "int8_weight_only", "int8_dynamic")
 REPORT = "quantization_report"
 
 
@@ -15,6 +15,7 @@ def quantize(model: nn.Module, method: str) -> None:
 
     int8_weight_only stores each weight row as int8 with one scale and multiplies in the model's
     own dtype.  In eager mode on a CPU it is slower than bfloat16: it pays compiled, or on a GPU.
+    int8_dynamic also rounds what comes in, with one scale for each row, and multiplies in int8.
     Embeddings, norms and a head tied to the embeddings stay as they are.  Raises ValueError for
     an unknown method, and for a model that has nothing to convert.
     """
@@ -22,7 +23,11 @@ def quantize(model: nn.Module, method: str) -> None:
         raise ValueError(f"quantize {method!r} is not one of {', '.join(METHODS)}")
     if method == "none":
         return
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        quantize_,
+    )
 
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
 
@@ -36,7 +41,9 @@ def quantize(model: nn.Module, method: str) -> None:
         )
     total = sum(p.numel() for p in model.parameters())
     weights = sum(m.weight.numel() for m in linear)
-    quantize_(model, Int8WeightOnlyConfig(), filter_fn=convertible)
+    dynamic = method == "int8_dynamic"
+    config = Int8DynamicActivationInt8WeightConfig() if dynamic else Int8WeightOnlyConfig()
+    quantize_(model, config, filter_fn=convertible)
     report = {
         "method": method,
         "linear_layers": len(linear),

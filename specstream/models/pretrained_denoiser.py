@@ -1,0 +1,275 @@
+"""Diffusion models of `diffusers`, from a pipeline's folder or the model hub, behind `Denoiser`.
+
+The pipeline is taken apart: its network, what its scheduler says of noise, its autoencoder and its
+text encoders.  How a sample is drawn is not the pipeline's business any more.
+
+Shapes: R rows, B samples, S the shape of a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specstream.models.codec import (
+    AutoencoderCodec,
+    Codec,
+    Compression,
+    PixelCodec,
+    compression_of,
+)
+from specstream.models.denoiser import Denoiser
+from specstream.models.diffusers_network import DiffusersNetwork
+from specstream.models.noise_schedule import FlowSchedule, NoiseSchedule
+from specstream.models.pretrained_parts import Parts, load_part, network_class, read_parts
+from specstream.models.quantization import METHODS, quantization_report, quantize
+from specstream.models.scheduler_config import clip_of, schedule_of
+from specstream.models.state_shape import MediaSize, state_shape
+from specstream.models.text_conditions import encode_prompts, read_conditions
+from specstream.models.weights import resolve_dtype
+
+OFFLOADS = {"none": None, "block": "block_level", "leaf": "leaf_level"}
+KINDS = {1: "audio", 2: "image", 3: "video"}  # by the number of axes
+
+
+class PretrainedDenoiser(Denoiser):
+    """A diffusion model that `diffusers` knows, and what its prompts and its latents stand for.
+
+    Everything that can be refused is refused before a weight is read or downloaded, as ValueError
+    in one line: an unknown network or scheduler, a size that the model cannot make.
+
+    Args:
+        path: a pipeline's folder, or its id on the model hub.
+        height, width, num_frames: of what is made, in pixels; None: what the model was trained at,
+            where its config says so.
+        seconds: of a sound; None: the longest.
+        frame_rate: frames a second of a video.
+        prompt_weight: what a network that was distilled with guidance is told (FLUX.1-dev).
+        shift: of a flow's times, in place of the scheduler's.
+        conditions: a safetensors file with prompt_embeds, negative_prompt_embeds and so on, instead
+            of text encoders.
+        dtype, device: of the network, as for `PretrainedLM`.
+        codec_dtype: of the autoencoder, which often needs more digits.
+        quantize, quantize_codec: see `quantize`; an autoencoder of convolutions has nothing to
+            convert, which is reported.
+        offload: "block" or "leaf" keeps the weights in the computer's memory and moves those of a
+            block or a layer to the GPU for their turn.
+        tile: the autoencoder works in overlapping tiles.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        seconds: float | None = None,
+        frame_rate: float = 25.0,
+        prompt_weight: float = 3.5,
+        shift: float | None = None,
+        conditions: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        codec_dtype: str = "float32",
+        quantize: str = "none",
+        quantize_codec: str = "none",
+        offload: str = "none",
+        tile: bool = False,
+    ) -> None:
+        home = check_memory(quantize, quantize_codec, offload, device)
+        parts = read_parts(path)
+        compression = compression_of_parts(parts)
+        kind = network_class(parts.network.kind)
+        form = kind.form(parts.network.config)
+        shape = state_shape(form, compression, MediaSize(height, width, num_frames, seconds))
+        tokens = form.num_tokens(shape)
+        schedule, prediction = schedule_of(parts.scheduler, tokens)
+        schedule = shifted(schedule, shift)
+        stored = None if conditions is None else read_conditions(conditions)
+        model = load_part(path, parts.network, resolve_dtype(dtype, device))
+        network = kind(model, compression.space, compression.time, frame_rate, prompt_weight)
+        super().__init__(network, schedule, shape, prediction, clip_of(parts.scheduler))
+        self.codec = load_codec(parts, resolve_dtype(codec_dtype, device), tile)
+        self.parts = parts
+        self.path = path
+        self.frame_rate = frame_rate
+        self.seconds = seconds or sound_seconds(shape, compression)
+        self.stored = stored
+        self.free = {} if stored is None else stored.free
+        self.memory = self._place(home, quantize, quantize_codec, offload)
+
+    @property
+    def kind(self) -> str:
+        """What is made: "image", "video" or "audio"."""
+        return KINDS[len(self.shape) - 1]
+
+    @property
+    def quantized(self) -> dict[str, dict[str, Any]]:
+        """What was converted, by role, as `Stats.quantized` holds it; `memory` says all."""
+        return {role: made for role, made in self.memory.items() if made["method"] != "none"}
+
+    @property
+    def device(self) -> torch.device:
+        return self.home if self.offloaded else super().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype = self.network.model.dtype  # its first parameter may be one that stays in float32
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def _place(
+        self, home: torch.device, quantized: str, codec_quantized: str, offload: str
+    ) -> dict[str, dict[str, Any]]:
+        """Convert and move the models; return what was done, by role."""
+        network, codec = self.network, self.codec
+        self.home = home
+        self.offloaded = offload != "none"
+        made = converted(network, quantized)
+        if not self.offloaded:
+            network.to(home)
+        else:
+            blocks = 1 if offload == "block" else None
+            network.model.enable_group_offload(
+                home, offload_type=OFFLOADS[offload], num_blocks_per_group=blocks
+            )
+        codec.to(home)
+        tiled = isinstance(codec, AutoencoderCodec) and codec.tile
+        return {
+            "target": made | {"offload": offload},
+            "codec": converted(codec, codec_quantized) | {"tile": tiled},
+        }
+
+    def output(
+        self, states: Tensor, times: Tensor, condition: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        self.network.check(condition or {})
+        return super().output(states, times, condition)
+
+    def unconditional(self, name: str, value: Tensor) -> Tensor:
+        if name in self.free:
+            return self.free[name].to(value).expand_as(value)
+        return self.network.unconditional(name, value)
+
+    def condition(self, prompts: Sequence[str], negative: str = "") -> dict[str, Tensor]:
+        """Return what the network is told of prompts, (B, ...) by name, on its device.
+
+        Classes are given by number.  `negative` is what guidance pushes from; stored conditions
+        have their own, and as many rows as there are prompts, or one for all.
+        """
+        wanted = self.network.needs
+        if wanted == ("classes",):
+            return {"classes": class_numbers(prompts).to(self.device)}
+        if not wanted:
+            return {}
+        said = self.stored
+        if said is None:
+            said = encode_prompts(
+                self.parts,
+                self._models(),
+                prompts,
+                negative,
+                self.seconds or 0.0,
+                self.device,
+                self.dtype,
+            )
+            self.free = said.free
+        given = {name: value.to(self.device) for name, value in said.given.items()}
+        rows = len(next(iter(given.values())))
+        if rows not in (1, len(prompts)):
+            raise ValueError(f"{rows} conditions are stored, but {len(prompts)} samples are asked")
+        return {name: value.expand(len(prompts), *value.shape[1:]) for name, value in given.items()}
+
+    def _models(self) -> dict[str, nn.Module]:
+        assert isinstance(self.network, DiffusersNetwork)
+        models: dict[str, nn.Module] = {self.parts.network.folder: self.network.model}
+        if self.parts.autoencoder is not None:
+            assert isinstance(self.codec, AutoencoderCodec)
+            models[self.parts.autoencoder.folder] = self.codec.model
+        return models
+
+    @torch.inference_mode()
+    def decode(self, states: Tensor) -> Tensor:
+        """Return the media in -1..1 of states (B, *S), one by one, float32 on the CPU.
+
+        (B, 3, H, W), (B, 3, F, H, W), or a sound (B, channels, samples) cut to its seconds.
+        """
+        if self.codec.compression.odd:
+            states = states[:, :, (states.shape[2] + 1) % 2 :]  # see `frame_count`
+        media = torch.cat(
+            [self.codec.decode(state[None].to(self.device)).cpu() for state in states]
+        )
+        rate = self.codec.compression.sample_rate
+        if self.seconds is not None and rate:
+            media = media[..., : round(self.seconds * rate)]
+        return media
+
+
+def check_memory(quantized: str, codec_quantized: str, offload: str, device: str) -> torch.device:
+    """Return the device that computes; ValueError for options that do not exist or do not fit."""
+    for method in (quantized, codec_quantized):
+        if method not in METHODS:
+            raise ValueError(f"quantize {method!r} is not one of {', '.join(METHODS)}")
+    if offload not in OFFLOADS:
+        raise ValueError(f"offload {offload!r} is not one of {', '.join(OFFLOADS)}")
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    home = torch.device(automatic if device == "auto" else device)
+    if offload != "none" and home.type == "cpu":
+        raise ValueError(f"offload {offload!r} needs a GPU; the model is on the CPU as it is")
+    if offload != "none" and quantized != "none":
+        raise ValueError("offload and quantize do not go together; choose one")
+    return home
+
+
+def compression_of_parts(parts: Parts) -> Compression:
+    """Return what a place of a pipeline's states stands for."""
+    if parts.autoencoder is None:
+        return Compression()
+    return compression_of(parts.autoencoder.kind, parts.autoencoder.config)
+
+
+def load_codec(parts: Parts, dtype: torch.dtype, tile: bool) -> Codec:
+    """Return a pipeline's autoencoder, or the codec of states that are pixels."""
+    if parts.autoencoder is not None:
+        return AutoencoderCodec(load_part(parts.path, parts.autoencoder, dtype), tile)
+    if tile:
+        raise ValueError("this model has no autoencoder that could work in tiles; set tile false")
+    return PixelCodec()
+
+
+def shifted(schedule: NoiseSchedule, shift: float | None) -> NoiseSchedule:
+    """Return a flow's schedule with another shift; ValueError for a schedule that has none."""
+    if shift is None:
+        return schedule
+    if not isinstance(schedule, FlowSchedule):
+        raise ValueError(f"shift is for flows; this model has a {type(schedule).__name__}")
+    return replace(schedule, shift=shift)
+
+
+def sound_seconds(shape: tuple[int, ...], compression: Compression) -> float | None:
+    """Return how long the longest sound is, None for what is no sound."""
+    if not compression.sample_rate:
+        return None
+    return shape[-1] * compression.samples / compression.sample_rate
+
+
+def converted(model: nn.Module, method: str) -> dict[str, Any]:
+    """Quantise a model and return the report; what has nothing to convert says so."""
+    nothing = {"method": "none", "linear_layers": 0, "share_of_parameters": 0.0}
+    try:
+        quantize(model, method)
+    except ValueError as error:
+        return nothing | {"reason": str(error)}
+    return quantization_report(model) or nothing
+
+
+def class_numbers(prompts: Sequence[str]) -> Tensor:
+    """Return classes (B,) that are given by number; ValueError for a word."""
+    for prompt in prompts:
+        if not prompt.isdecimal():
+            raise ValueError(f"this model is told the number of a class, not '{prompt}'")
+    return torch.tensor([int(prompt) for prompt in prompts])
