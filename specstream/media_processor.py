@@ -1,6 +1,7 @@
 """The boundary between states and media: arrays in -1..1 in the program, png, mp4 and wav outside.
 
-Shapes: an image is (C, H, W), a video (C, F, H, W), a sound (1, T); C is 1 or 3.
+Shapes: an image is (C, H, W), a video (C, F, H, W), a sound (1, T) or its spectrogram (1, M, T);
+C is 1 or 3.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from torch import Tensor
+
+from specstream.spectrogram import LogMel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,6 +37,8 @@ class MediaProcessor:
         sample_rate: numbers a second of a sound.
         enlarge: each pixel is written as so many by so many, to be seen.
         classes: names of the classes that a sample may be asked for.
+        text_size: width of the vector that a sample's text becomes; 0: there is no text.
+        spectrogram: how sounds became spectrograms; None: they are waveforms.
     """
 
     kind: Literal["image", "video", "audio"]
@@ -41,12 +46,16 @@ class MediaProcessor:
     sample_rate: int = 8000
     enlarge: int = 1
     classes: tuple[str, ...] = ()
+    text_size: int = 0
+    spectrogram: LogMel | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in SUFFIXES:
             raise ValueError(f"kind must be one of {', '.join(SUFFIXES)}, got '{self.kind}'")
         if self.enlarge < 1 or self.frame_rate <= 0 or self.sample_rate < 1:
             raise ValueError("enlarge, frame_rate and sample_rate must be positive")
+        if self.text_size < 0 or (self.text_size and self.classes):
+            raise ValueError("text_size is a width, and for media without classes")
 
     @property
     def suffix(self) -> str:
@@ -74,6 +83,8 @@ class MediaProcessor:
         and OSError where the file cannot be written.
         """
         if self.kind == "audio":
+            if self.spectrogram is not None:
+                states = self.spectrogram.sound(states, self.sample_rate)
             self._write_sound(torch.cat([*states], -1)[0], path)
             return
         frames = tile(self.pictures(states))
@@ -129,7 +140,10 @@ def load_media_processor(folder: str | Path) -> MediaProcessor:
     path = Path(folder) / FORM
     try:
         found = json.loads(path.read_text())
-        return MediaProcessor(**{**found, "classes": tuple(found["classes"])})
+        found["classes"] = tuple(found["classes"])
+        if found.get("spectrogram") is not None:
+            found["spectrogram"] = LogMel(**found["spectrogram"])
+        return MediaProcessor(**found)
     except FileNotFoundError as error:
         raise ValueError(f"'{folder}' holds no media model: it has no {FORM}") from error
     except (KeyError, TypeError, ValueError) as error:

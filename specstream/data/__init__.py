@@ -2,7 +2,8 @@
 
 Reading order: `sources` (what text; more of it in `chat`, `docstrings` and `planning`),
 `encoding` (tokens and mask), `packing` (rows), `preparation` (splits on disk), `loader` (the order
-of batches), `text` (the data module); `media_sources` and `media` for images, videos and sounds.
+of batches), `text` (the data module); `media_sources`, `real_media` and `sounds` for images, videos
+and sounds, and `media` for batches of them.
 The data modules are imported on first use: sources and prompt files do not need lightning.
 """
 
@@ -15,6 +16,8 @@ from specstream.data.docstrings import Docstrings
 from specstream.data.media_sources import Digits, ImageArrays, MediaSource, MovingDigits, Samples
 from specstream.data.planning import Countdown, Sudoku
 from specstream.data.prompts import PromptFile
+from specstream.data.real_media import CaptionedImages, MovingImages, VideoArrays
+from specstream.data.sounds import Spectrograms, Tones
 from specstream.data.sources import (
     Document,
     PromptCompletion,
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from specstream.data.text import TextDataModule
 
 __all__ = [
+    "CaptionedImages",
     "ChatMessages",
     "Countdown",
     "Digits",
@@ -38,15 +42,19 @@ __all__ = [
     "MediaDataModule",
     "MediaSource",
     "MovingDigits",
+    "MovingImages",
     "PromptCompletion",
     "PromptFile",
     "RawText",
     "Samples",
     "Segment",
+    "Spectrograms",
     "StdlibSource",
     "Sudoku",
     "TextDataModule",
     "TextSource",
+    "Tones",
+    "VideoArrays",
 ]
 
 

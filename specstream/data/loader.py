@@ -7,12 +7,14 @@ Shapes: B rows of one process, W processes, T sequence length.
 r + W, ...: two processes with batch B see what one process with batch 2 B sees.  `state_dict` tells
 how far the epoch has come; Lightning keeps it in checkpoints and restores it, so a run that is
 resumed in the middle of an epoch goes on with the very next batch.
+
+Rows may lie in buckets, one behind the other, which no batch mixes: media of several shapes.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,13 +26,21 @@ from specstream.data.packing import PackedRows, restarting_positions
 
 Batch = dict[str, Tensor]
 
-FILLING = -1  # stands for a row without a scored token
+FILLING = -1  # stands for a row without a scored token; bucket b has FILLING - b
 
 
 class BatchRows(Dataset, ABC):
-    """Maps a list of B row numbers to a batch; FILLING gives a row that counts for nothing."""
+    """Maps a list of B row numbers of one bucket to a batch.
+
+    A number below 0, FILLING - bucket, gives a row that counts for nothing.
+    """
 
     unit: str  # what its rows are, for people
+
+    @property
+    def bucket_sizes(self) -> Sequence[int]:
+        """How many rows each bucket has."""
+        return [len(self)]
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -81,35 +91,59 @@ class EpochOrder:
             return np.arange(self.num_rows)
         return np.random.default_rng([self.seed, self.epoch]).permutation(self.num_rows)
 
+    def batch_numbers(self, num_batches: int) -> np.ndarray:
+        """Return the batches of this epoch in order, where they come from several buckets."""
+        if not self.shuffle:
+            return np.arange(num_batches)
+        return np.random.default_rng([self.seed, self.epoch, 1]).permutation(num_batches)
+
 
 class GlobalBatches:
-    """Cuts the order into global batches and takes the share of one process.
+    """Cuts the order of each bucket into global batches and takes the share of one process.
 
     Named and shaped as a `DataLoader`'s batch sampler: Lightning looks for
     `loader.batch_sampler.sampler` to set the epoch.
     """
 
     def __init__(
-        self, sampler: EpochOrder, batch_size: int, drop_last: bool, rank: int, world_size: int
+        self,
+        sampler: EpochOrder,
+        bucket_sizes: Sequence[int],
+        batch_size: int,
+        drop_last: bool,
+        rank: int,
+        world_size: int,
     ) -> None:
         self.sampler = sampler
+        self.bucket_sizes = bucket_sizes
         self.global_batch_size = batch_size * world_size
         self.drop_last = drop_last
         self.rank = rank
         self.world_size = world_size
 
     def __len__(self) -> int:
-        if self.drop_last:
-            return self.sampler.num_rows // self.global_batch_size
-        return -(-self.sampler.num_rows // self.global_batch_size)
+        return sum(self.counts)
+
+    @property
+    def counts(self) -> list[int]:
+        """How many batches each bucket gives."""
+        rest = 0 if self.drop_last else self.global_batch_size - 1
+        return [(size + rest) // self.global_batch_size for size in self.bucket_sizes]
 
     def row_numbers(self) -> list[list[int]]:
         """Return the row numbers of every batch of this process, len(self) lists of B."""
-        order = self.sampler.row_numbers()
-        size = len(self) * self.global_batch_size
-        filled = np.full(size, FILLING)
-        filled[: min(size, len(order))] = order[:size]
-        return filled.reshape(len(self), -1)[:, self.rank :: self.world_size].tolist()
+        order, parts, start = self.sampler.row_numbers(), [], 0
+        for bucket, (rows, count) in enumerate(zip(self.bucket_sizes, self.counts, strict=True)):
+            own = order[(order >= start) & (order < start + rows)]
+            size = count * self.global_batch_size
+            filled = np.full(size, FILLING - bucket)
+            filled[: min(size, rows)] = own[:size]
+            parts.append(filled.reshape(count, self.global_batch_size))
+            start += rows
+        batches = np.concatenate(parts)
+        if len(parts) > 1:
+            batches = batches[self.sampler.batch_numbers(len(batches))]
+        return batches[:, self.rank :: self.world_size].tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +158,8 @@ class RowLoader:
     """Iterates over the batches of one process.
 
     Args:
-        rows: maps a list of row numbers to a batch; `unit` says what its rows are.
+        rows: maps a list of row numbers to a batch; `unit` says what its rows are, and
+            `bucket_sizes` which of them may share a batch.
         batch_size: B, rows of each process.
         seed, shuffle: of the order; without `shuffle` it is that of the rows.
         drop_last: leave out an incomplete global batch; otherwise it is filled up with rows
@@ -132,7 +167,7 @@ class RowLoader:
         place: which process of how many.
         num_workers: processes that make the batches; 0 makes them in this one, which is quick.
 
-    Raises ValueError when there is not one batch.
+    Raises ValueError when there is not one batch, or a bucket whose rows would never be seen.
     """
 
     def __init__(
@@ -147,11 +182,14 @@ class RowLoader:
     ) -> None:
         order = EpochOrder(len(rows), seed, shuffle)
         self.batch_sampler = GlobalBatches(
-            order, batch_size, drop_last, place.rank, place.world_size
+            order, rows.bucket_sizes, batch_size, drop_last, place.rank, place.world_size
         )
-        if len(self.batch_sampler) == 0:
+        counts = zip(rows.bucket_sizes, self.batch_sampler.counts, strict=True)
+        unseen = [size for size, count in counts if drop_last and not count]
+        if len(self.batch_sampler) == 0 or unseen:
+            found = min(unseen, default=len(rows))
             raise ValueError(
-                f"the data gives {len(rows)} {rows.unit}, fewer than one global batch of "
+                f"the data gives {found} {rows.unit}, fewer than one global batch of "
                 f"{self.batch_sampler.global_batch_size}: use more data or a smaller batch_size"
             )
         self.rows = rows

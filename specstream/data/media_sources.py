@@ -1,7 +1,9 @@
-"""Where images, videos and sounds come from: arrays in -1..1 with perhaps a class for each.
+"""Where images and videos come from: arrays in -1..1 with perhaps a class or a text for each.
 
-The embedded ones need no download: the handwritten digits that ship inside scikit-learn, videos of
-them composed by rule, and tones.  Which samples are held out follows from their numbers.
+The embedded ones need no download: the handwritten digits that ship inside scikit-learn and videos
+of them composed by rule.  Which samples are held out follows from their numbers.
+
+Shapes: n samples, S the shape of a state, F frames, H height, W width, C colours.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ class Samples:
     """Media of one shape."""
 
     states: Tensor  # (n, *S) float32 in -1..1
-    classes: Tensor | None  # (n,) int64
+    classes: Tensor | None = None  # (n,) int64
+    text: Tensor | None = None  # (n, text_size) float32, see `text_vectors`
+
+    @property
+    def condition(self) -> dict[str, Tensor]:
+        """What a network may be told of each sample, by name."""
+        told = {"classes": self.classes, "text": self.text}
+        return {name: value for name, value in told.items() if value is not None}
 
 
 class MediaSource(ABC):
@@ -92,20 +101,8 @@ class MovingDigits(MediaSource):
         assert still.classes is not None
         noise = np.random.default_rng(0)
         chosen = torch.from_numpy(noise.integers(len(still.states), size=self.num_clips))
-        room = self.size - 8
-        start = noise.uniform(0, max(room, 1e-9), (self.num_clips, 2))
-        pace = noise.uniform(-self.speed, self.speed, (self.num_clips, 2))
-        frames = np.arange(self.num_frames)[None, :, None]
-        place = start[:, None] + pace[:, None] * frames  # (n, F, 2), on an endless line
-        folded = np.abs((place + room) % (2 * max(room, 1e-9)) - room)  # bounced into 0..room
-        corners = np.rint(folded).astype(np.int64)
-        video = torch.full((self.num_clips, 1, self.num_frames, self.size, self.size), -1.0)
-        for clip in range(self.num_clips):
-            for frame in range(self.num_frames):
-                top, left = corners[clip, frame]
-                video[clip, 0, frame, top : top + 8, left : left + 8] = still.states[chosen[clip]][
-                    0
-                ]
+        corners = bounced_corners(noise, self.num_clips, self.num_frames, self.size - 8, self.speed)
+        video = composed(still.states[chosen, 0], corners, self.size, -1.0)[:, None]
         return Samples(video, still.classes[chosen])
 
     @property
@@ -133,12 +130,14 @@ class ImageArrays(MediaSource):
     limit: int | None = None
 
     def check(self) -> None:
-        self._read(self.images)
+        read_array(self.path, self.images)
         if self.labels is not None:
-            self._read(self.labels)
+            read_array(self.path, self.labels)
 
     def samples(self) -> Samples:
-        images = torch.from_numpy(self._read(self.images)[: self.limit].astype(np.float32))
+        images = torch.from_numpy(
+            read_array(self.path, self.images)[: self.limit].astype(np.float32)
+        )
         images = images[:, None] if images.dim() == 3 else images.movedim(-1, 1)
         states = images / 127.5 - 1
         if self.padded_size is not None:
@@ -149,25 +148,59 @@ class ImageArrays(MediaSource):
             sides = (left, right, top, bottom)
             states = torch.nn.functional.pad(states, sides, value=-1.0)
         if self.labels is None:
-            return Samples(states, None)
-        labels = self._read(self.labels)[: self.limit]
+            return Samples(states)
+        labels = read_array(self.path, self.labels)[: self.limit]
         return Samples(states, torch.from_numpy(labels.astype(np.int64)))
 
     @property
     def processor(self) -> MediaProcessor:
         names: tuple[str, ...] = ()
         if self.labels is not None:
-            names = tuple(str(n) for n in range(int(self._read(self.labels).max()) + 1))
+            names = class_names(read_array(self.path, self.labels))
         return MediaProcessor("image", enlarge=self.enlarge, classes=names)
 
-    def _read(self, name: str) -> np.ndarray:
-        try:
-            with np.load(self.path, allow_pickle=False) as arrays:
-                if name not in arrays.files:
-                    raise ValueError(f"'{self.path}' has no array '{name}': {arrays.files}")
-                return np.asarray(arrays[name])
-        except (OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"'{self.path}' is no .npz file that can be read: {error}") from error
+
+def read_array(path: str, name: str) -> np.ndarray:
+    """Return an array of an .npz file; ValueError in one line for what is none."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if name not in arrays.files:
+                raise ValueError(f"'{path}' has no array '{name}': {arrays.files}")
+            return np.asarray(arrays[name])
+    except (OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"'{path}' is no .npz file that can be read: {error}") from error
+
+
+def class_names(labels: np.ndarray) -> tuple[str, ...]:
+    """Return the names of classes that are numbered, from 0 to the last that occurs."""
+    return tuple(str(number) for number in range(int(labels.max()) + 1))
+
+
+def bounced_corners(
+    noise: np.random.Generator, num_clips: int, num_frames: int, room: int, speed: float
+) -> np.ndarray:
+    """Return top and left of things that fly straight and bounce, (num_clips, num_frames, 2).
+
+    They stay in 0..room and move at most `speed` a frame along each axis.
+    """
+    start = noise.uniform(0, max(room, 1e-9), (num_clips, 2))
+    pace = noise.uniform(-speed, speed, (num_clips, 2))
+    frames = np.arange(num_frames)[None, :, None]
+    place = start[:, None] + pace[:, None] * frames  # on an endless line
+    folded = np.abs((place + room) % (2 * max(room, 1e-9)) - room)
+    return np.rint(folded).astype(np.int64)
+
+
+def composed(images: Tensor, corners: np.ndarray, size: int, empty: float) -> Tensor:
+    """Return videos (n, F, size, size) of images (n, H, W) at `corners` (n, F, 2)."""
+    clips, frames = corners.shape[:2]
+    height, width = images.shape[1:]
+    video = images.new_full((clips, frames, size, size), empty)
+    for clip in range(clips):
+        for frame in range(frames):
+            top, left = corners[clip, frame]
+            video[clip, frame, top : top + height, left : left + width] = images[clip]
+    return video
 
 
 def require_sklearn() -> None:

@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from specstream.drafters.denoising import FrozenEstimate, FrozenVelocity, StateDrafter
+from specstream.drafters.denoising import (
+    FrozenEstimate,
+    FrozenVelocity,
+    IndependentDenoiser,
+    StateDrafter,
+)
 from specstream.drafters.state_loading import load_state_drafter, read_state_record
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import FixedLength
 from specstream.generation.loading import find_device
+from specstream.generation.refinement import RefinementPipeline
+from specstream.generation.refinement_scores import (
+    Appearance,
+    Parts,
+    TargetDisagreement,
+    usual_parts,
+)
 from specstream.media_processor import MediaProcessor, load_media_processor
 from specstream.models.denoiser import FORM, Denoiser, load_denoiser
+from specstream.verification.quality import AdaptiveThreshold
 
 WINDOW = 8  # drafted steps a round, unless said
 FREE = ("estimate", "velocity")  # drafts that need no training
 
 
 @dataclass(frozen=True, slots=True)
+class Refinement:
+    """How a draft of few steps is refined; see `RefinementPipeline`."""
+
+    draft_steps: int = 8
+    threshold: float = 0.7
+    score: Literal["disagreement", "appearance"] = "disagreement"
+    strength: float = 0.6
+
+
+@dataclass(frozen=True, slots=True)
 class MediaRun:
     """What samples media, and what turns its samples into files."""
 
-    pipeline: DenoisingPipeline
+    pipeline: DenoisingPipeline | RefinementPipeline
     processor: MediaProcessor
 
 
@@ -41,17 +66,20 @@ def load_media_run(
     run: str | Path,
     *,
     num_steps: int = 50,
-    eta: float = 1.0,
+    eta: float | None = None,
     guidance: float = 1.0,
     free_draft: str | None = None,
     window: int | None = None,
+    refinement: Refinement | None = None,
     batch_size: int = 16,
     device: str = "auto",
 ) -> MediaRun:
     """Load a run: its drafter with its target, or a trained model alone.
 
     `free_draft` drafts without a trained drafter, going on with the target's last "estimate" of the
-    data or its last "velocity"; `window` is how many steps are drafted in a round, at most.
+    data or its last "velocity"; `window` is how many steps are drafted in a round, at most.  With a
+    `refinement` a drafter is a smaller diffusion model that makes the drafts, and eta is 0 unless
+    given, else 1.
     Raises ValueError for folders that are no such run, and for options without effect.
     """
     if free_draft not in (None, *FREE):
@@ -72,16 +100,53 @@ def load_media_run(
     if drafter is None and window is not None:
         raise ValueError("window is for drafts, and nothing drafts here: give a free_draft")
     target.eval().requires_grad_(False)
+    processor = load_media_processor(path)
+    if refinement is not None:
+        refined = RefinementPipeline(
+            target,
+            rough_model(drafter),
+            refinement.draft_steps,
+            num_steps,
+            Appearance() if refinement.score == "appearance" else TargetDisagreement(),
+            AdaptiveThreshold(refinement.threshold),
+            refinement.strength,
+            guidance,
+            batch_size,
+            0.0 if eta is None else eta,
+            refined_parts(target, processor),
+        )
+        return MediaRun(refined, processor)
     pipeline = DenoisingPipeline(
         target,
         num_steps,
-        eta,
+        1.0 if eta is None else eta,
         guidance,
         drafter,
         None if drafter is None else FixedLength(WINDOW if window is None else window),
         batch_size=batch_size,
     )
-    return MediaRun(pipeline, load_media_processor(path))
+    return MediaRun(pipeline, processor)
+
+
+def rough_model(drafter: StateDrafter | None) -> Denoiser | None:
+    """Return the diffusion model that drafts for a refinement; ValueError for other drafters."""
+    if drafter is None:
+        return None
+    if not isinstance(drafter, IndependentDenoiser):
+        raise ValueError(
+            f"refinement drafts with the target or a smaller diffusion model; the drafter of this "
+            f"run, a {type(drafter).__name__}, only guesses steps"
+        )
+    return drafter.denoiser
+
+
+def refined_parts(target: Denoiser, processor: MediaProcessor) -> Parts:
+    """Return what is kept or refined as a whole: of a spectrogram, 16 segments of time."""
+    parts = usual_parts(target.shape)
+    if processor.kind != "audio" or len(parts.sizes) != 2:
+        return parts
+    _, bands, frames = target.shape
+    return Parts(target.shape, (bands, frames // math.gcd(frames, 16)))
 
 
 def free_drafter(name: str | None, target: Denoiser) -> StateDrafter | None:

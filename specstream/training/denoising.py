@@ -31,6 +31,11 @@ from specstream.transitions import Prediction, data_estimate, network_output
 VALIDATION = -1  # stands for the epoch: validation draws the same noise every time
 
 
+def condition_of(batch: Batch) -> dict[str, Tensor]:
+    """Return what a batch says of its rows, by the name a network knows it by."""
+    return {name: batch[name] for name in ("classes", "text") if name in batch}
+
+
 class DenoisingModule(SummedLossModule):
     """Trains a `PatchTransformer` as a diffusion model, from data or from a `target`.
 
@@ -39,7 +44,7 @@ class DenoisingModule(SummedLossModule):
         noise_schedule: noise levels; a drafter takes its target's.
         prediction: what the network predicts.
         target: folder of a trained diffusion model; the run is then that of a drafter.
-        class_dropout: share of rows whose class is hidden, so that guidance can be used.
+        class_dropout: share of rows whose class or text is hidden, so that guidance can be used.
         decoding: what validation samples; None: nothing.
     """
 
@@ -106,13 +111,15 @@ class DenoisingModule(SummedLossModule):
             self.log_dict(found, rank_zero_only=True)
 
     def _condition(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
-        """Return the classes of the rows, some of them hidden."""
-        if "classes" not in batch:
-            return {}
-        keys = batch["keys"]
+        """Return what the network is told of the rows, some of it hidden."""
+        condition, keys = condition_of(batch), batch["keys"]
         coins = noise.uniform(keys, torch.zeros_like(keys)[:, None], Role.ORDER)[:, 0]
         hidden = coins < (self.class_dropout if self.training else 0.0)
-        return {"classes": batch["classes"].masked_fill(hidden, -1)}
+        for name, value in condition.items():
+            nothing = self.denoiser.unconditional(name, value)
+            rows = hidden.view(-1, *[1] * (value.dim() - 1))
+            condition[name] = torch.where(rows, nothing, value)
+        return condition
 
     def _noise(self) -> Noise:
         """Return the noise of this epoch, or of validation; keyed by the samples' numbers."""

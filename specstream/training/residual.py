@@ -31,7 +31,7 @@ from specstream.models.patch_transformer import PatchTransformer
 from specstream.sampling import Noise, Role
 from specstream.structures import StateContext
 from specstream.training.base import Batch, LossSum, SummedLossModule
-from specstream.training.denoising import VALIDATION
+from specstream.training.denoising import VALIDATION, condition_of
 from specstream.training.optimization import Schedule
 from specstream.training.sampling import HeldOutSampling
 from specstream.transitions import StepGrid, estimate_weights, step_stds, transition
@@ -135,7 +135,7 @@ class ResidualModule(SummedLossModule):
         grid = self.grid.to(self.device)
         noise = self._noise()
         keys = batch["keys"]
-        condition = {"classes": batch["classes"]} if "classes" in batch else {}
+        condition = condition_of(batch)
         with torch.no_grad():
             seen = self._trajectories(keys, condition, grid, noise)
         starts, steps = self._windows(keys, noise)  # (W, B) each

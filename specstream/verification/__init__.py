@@ -11,11 +11,13 @@ from specstream.verification.masked import (
     NoVerification,
     TrustVerifier,
 )
+from specstream.verification.quality import AdaptiveThreshold
 from specstream.verification.rejection import BlockRejection, TokenRejection
 from specstream.verification.tree import TreeRejection, accepted_path, ancestor_matrix, depths
 from specstream.verification.typical import TypicalAcceptance
 
 __all__ = [
+    "AdaptiveThreshold",
     "BlockRejection",
     "CanvasVerifier",
     "ConfidenceThreshold",

@@ -59,7 +59,10 @@ def test_the_last_validation_batch_is_filled_up_with_unscored_rows() -> None:
     single = list(RowLoader(RowDataset(rows(7)), batch_size=4))
     assert [len(batch["input_ids"]) for batch in single] == [4, 4]
     assert single[1]["loss_mask"].any(dim=1).tolist() == [True, True, True, False]
-    ranks = [list(RowLoader(RowDataset(rows(7)), batch_size=2, place=Place(rank, 2))) for rank in range(2)]
+    ranks = [
+        list(RowLoader(RowDataset(rows(7)), batch_size=2, place=Place(rank, 2)))
+        for rank in range(2)
+    ]
     assert len(ranks[0]) == len(ranks[1]) == 2
     scored = sum(int(batch["loss_mask"].sum()) for rank in ranks for batch in rank)
     assert scored == 7 * (T - 1)

@@ -87,11 +87,12 @@ def make_media_run(options: Options) -> MediaRun:
     media = options.media
     return load_media_run(
         str(options.run),
-        num_steps=media.steps,
+        num_steps=media.num_steps,
         eta=media.eta,
         guidance=media.guidance,
         free_draft=media.free_draft,
         window=media.window,
+        refinement=media.refinement,
         batch_size=max(options.batch_size, media.samples),
         device=options.device,
     )

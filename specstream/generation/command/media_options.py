@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from specstream.generation.media_loading import Refinement
+
 
 @dataclass(frozen=True)
 class MediaOptions:
@@ -13,25 +15,70 @@ class MediaOptions:
     Args:
         samples: how many, side by side in one file.
         steps: denoising steps of each.
-        eta: 0 is the deterministic sampler, 1 the ancestral one; drafts are exact above 0.
+        eta: 0 is the deterministic sampler, 1 the ancestral one; drafts are exact above 0; 1 unless
+            said, of a refinement 0.
         guidance: weight of the prompt; 1 is that of training, more follows it more closely.
         window: steps drafted in a round, at most; none: 8.
         free_draft: draft without a trained drafter, from the target's last estimate of the data or
             its last velocity.
+        draft_steps: refine selectively: denoise in so few steps, then have the target do again the
+            frames (regions, segments) that look bad; 8 unless said.  This, main_steps or
+            refinement_threshold turns refinement on.
+        main_steps: of a refinement, the target's steps from noise to data; `steps` unless said.
+        refinement_threshold: refine what scores so many standard deviations above the mean; 0.7
+            unless said.
+        refinement_score: what a part is judged by, how far the target would change it
+            (disagreement, unless said) or how it looks (appearance).
+        refinement_strength: share of the way back to noise that refinement starts from; 0.6 unless
+            said.
     """
 
     samples: int = 1
     steps: int = 50
-    eta: float = 1.0
+    eta: float | None = None
     guidance: float = 1.0
     window: int | None = None
     free_draft: Literal["estimate", "velocity"] | None = None
+    draft_steps: int | None = None
+    main_steps: int | None = None
+    refinement_threshold: float | None = None
+    refinement_score: Literal["disagreement", "appearance"] | None = None
+    refinement_strength: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("samples", self.samples), ("steps", self.steps)):
-            if not 1 <= value <= 10_000:
+        for name in ("samples", "steps", "draft_steps", "main_steps"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 10_000:
                 raise ValueError(f"media.{name} must be in 1..10000, got {value}")
-        if not 0 <= self.eta <= 1:
+        if self.eta is not None and not 0 <= self.eta <= 1:
             raise ValueError(f"media.eta must be in [0, 1], got {self.eta}")
         if self.window is not None and not 0 <= self.window <= 64:
             raise ValueError(f"media.window must be in 0..64, got {self.window}")
+        if self.main_steps is not None and self.steps != MediaOptions.steps:
+            raise ValueError("media.main_steps and media.steps are the same: give one of them")
+        refines = self.refinement is not None
+        for name in ("refinement_score", "refinement_strength"):
+            if not refines and getattr(self, name) is not None:
+                raise ValueError(f"media.{name} is for refinement: give media.draft_steps")
+        for name in ("free_draft", "window"):
+            if refines and getattr(self, name) is not None:
+                raise ValueError(f"media.{name} is for drafted steps, and this is a refinement")
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps of the target."""
+        return self.steps if self.main_steps is None else self.main_steps
+
+    @property
+    def refinement(self) -> Refinement | None:
+        """How drafts are refined; None: they are not."""
+        said = (self.draft_steps, self.main_steps, self.refinement_threshold)
+        if all(value is None for value in said):
+            return None
+        named = {
+            "draft_steps": self.draft_steps,
+            "threshold": self.refinement_threshold,
+            "score": self.refinement_score,
+            "strength": self.refinement_strength,
+        }
+        return Refinement(**{name: value for name, value in named.items() if value is not None})  # type: ignore[arg-type]

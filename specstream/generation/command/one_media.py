@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from specstream.data.text_vectors import text_vector
 from specstream.files import write_whole
 from specstream.generation.command.comparison import REPEATS
 from specstream.generation.command.display import guarantee_of, say
@@ -19,8 +20,9 @@ from specstream.generation.command.one_prompt import INTERRUPTED
 from specstream.generation.command.options import Options, wrong
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.media_loading import MediaRun
+from specstream.generation.refinement import RefinementPipeline
 from specstream.media_processor import MediaProcessor
-from specstream.structures import Stats
+from specstream.structures import Guarantee, Stats
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ def generate_media(run: MediaRun, options: Options) -> int:
     """
     path = output_path(options, run.processor)
     condition = condition_of(run.processor, options.prompt or "", options.media.samples)
-    if options.compare and run.pipeline.drafter is None:
+    refines = isinstance(run.pipeline, RefinementPipeline)
+    if options.compare and run.pipeline.drafter is None and not refines:
         raise ValueError("compare: this is the plain target already, there is no drafter")
     rows: list[Sampled] = []
     try:
@@ -53,7 +56,7 @@ def generate_media(run: MediaRun, options: Options) -> int:
         return INTERRUPTED
     run.processor.write(first, path)
     stats = replace(run.pipeline.stats, modality=run.processor.kind)
-    for line in media_report(stats):
+    for line in refinement_report(stats) if refines else media_report(stats):
         say(line)
     say(f"wrote {path}")
     if rows:
@@ -84,7 +87,9 @@ def output_path(options: Options, processor: MediaProcessor) -> Path:
 
 
 def condition_of(processor: MediaProcessor, prompt: str, samples: int) -> dict[str, Tensor]:
-    """Return what the network is told: the class that the prompt names, none for no prompt."""
+    """Return what the network is told: the prompt's text or class, nothing for no prompt."""
+    if processor.text_size:
+        return {"text": text_vector(prompt, processor.text_size).expand(samples, -1)}
     if not processor.classes:
         if prompt:
             wrong("prompt", 'this model takes none: give --prompt ""')
@@ -94,10 +99,15 @@ def condition_of(processor: MediaProcessor, prompt: str, samples: int) -> dict[s
 
 
 def show_progress(
-    pipeline: DenoisingPipeline, condition: Mapping[str, Tensor], options: Options
+    pipeline: DenoisingPipeline | RefinementPipeline,
+    condition: Mapping[str, Tensor],
+    options: Options,
 ) -> Tensor:
     """Sample once with a bar that counts steps, and shows rounds and acceptance."""
     samples = options.media.samples
+    steps = pipeline.grid.num_steps
+    if isinstance(pipeline, RefinementPipeline):
+        steps = pipeline.total_steps
     columns = (
         TextColumn("denoising"),
         BarColumn(),
@@ -106,7 +116,7 @@ def show_progress(
         TextColumn("{task.fields[values]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=samples * pipeline.grid.num_steps, values="")
+        task = bar.add_task("", total=samples * steps, values="")
         for step in pipeline.generate(samples, condition, seed=options.seed):
             stats = pipeline.stats
             kept = "" if stats.acceptance is None else f", {stats.acceptance:.0%} of drafts stand"
@@ -116,24 +126,24 @@ def show_progress(
 
 
 def compare(
-    pipeline: DenoisingPipeline, condition: Mapping[str, Tensor], options: Options
+    pipeline: DenoisingPipeline | RefinementPipeline,
+    condition: Mapping[str, Tensor],
+    options: Options,
 ) -> list[Sampled]:
     """Time the pipeline, the plain target, and the plain target with as many steps as rounds."""
     media = options.media
     pipeline.complete(media.samples, condition, seed=options.seed)
     rounds = round(pipeline.stats.target_calls / max(1, -(-media.samples // pipeline.batch_size)))
-    fewer = max(1, min(rounds, media.steps - 1))
 
     def plain(num_steps: int) -> DenoisingPipeline:
         return DenoisingPipeline(
-            pipeline.target, num_steps, media.eta, media.guidance, batch_size=pipeline.batch_size
+            pipeline.target, num_steps, pipeline.eta, media.guidance, batch_size=pipeline.batch_size
         )
 
-    ways = {
-        "drafted": pipeline,
-        f"plain, {media.steps} steps": plain(media.steps),
-        f"plain, {fewer} steps": plain(fewer),
+    ways: dict[str, DenoisingPipeline | RefinementPipeline] = {
+        "refined" if isinstance(pipeline, RefinementPipeline) else "drafted": pipeline
     }
+    ways |= {f"plain, {steps} steps": plain(steps) for steps in (media.num_steps, max(1, rounds))}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     found = {}
     for _ in range(REPEATS):
@@ -158,6 +168,25 @@ def media_report(stats: Stats) -> list[str]:
     if stats.acceptance is not None:
         rows.append(("acceptance", f"{stats.acceptance:.1%} of {sum(stats.tested)} tested drafts"))
         rows.append(("alpha by step", " ".join(f"{alpha:.2f}" for alpha in stats.alphas)))
+    return as_table(rows)
+
+
+def refinement_report(stats: Stats) -> list[str]:
+    """Return the table of a run that refines: what of its drafts was done again."""
+    assert stats.acceptance is not None
+    return as_table(
+        [
+            ("guarantee", guarantee_of(stats)),
+            ("samples", f"{stats.prompts} in {stats.seconds:.2f} s"),
+            ("target rounds", f"{stats.target_calls}, of {stats.target_rows} rows in all"),
+            ("draft rounds", f"{stats.draft_calls} of a smaller model"),
+            ("refined", f"{1 - stats.acceptance:.1%} of {sum(stats.tested)} parts"),
+        ]
+    )
+
+
+def as_table(rows: list[tuple[str, str]]) -> list[str]:
+    """Return a line for each name and value."""
     width = max(len(name) for name, _ in rows) + 2
     return [f"{name:<{width}}{value}" for name, value in rows]
 
@@ -169,6 +198,9 @@ def comparison_report(rows: list[Sampled]) -> list[str]:
         stats = row.stats
         counts = f"{stats.target_calls:>8}{stats.target_rows:>8}"
         lines.append(f"{row.name:<18}{counts}{row.seconds:>10.3f}")
+    if rows[0].stats.guarantee is Guarantee.HEURISTIC:
+        lines.append("refined samples have no law that is promised: judge them by what they are")
+        return lines
     lines.append(
         "the drafted samples have the law of the plain ones with as many steps; each run draws "
         "its own"
