@@ -1,7 +1,7 @@
 """The boundary between states and media: arrays in -1..1 in the program, png, mp4 and wav outside.
 
-Shapes: an image is (C, H, W), a video (C, F, H, W), a sound (1, T) or its spectrogram (1, M, T);
-C is 1 or 3.
+Shapes: an image is (C, H, W), a video (C, F, H, W), a sound (C, T) or its spectrogram (1, M, T);
+C is 1 or 3, of a sound 1 or 2.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class MediaProcessor:
         if self.kind == "audio":
             if self.spectrogram is not None:
                 states = self.spectrogram.sound(states, self.sample_rate)
-            self._write_sound(torch.cat([*states], -1)[0], path)
+            self._write_sound(torch.cat([*states], -1), path)
             return
         frames = tile(self.pictures(states))
         if self.kind == "video":
@@ -127,7 +127,8 @@ class MediaProcessor:
         except (ModuleNotFoundError, OSError) as error:
             raise ValueError("writing wav needs the package soundfile") from error
         with whole_file(path) as new:
-            soundfile.write(new, wave.clamp(-1, 1).cpu().numpy(), self.sample_rate, "PCM_16")
+            channels = wave.clamp(-1, 1).cpu().numpy().T  # (T, C)
+            soundfile.write(new, channels, self.sample_rate, "PCM_16")
 
     def save(self, folder: Path) -> None:
         """Write the record that `load_media_processor` reads."""

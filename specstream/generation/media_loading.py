@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
+from specstream.data.text_vectors import text_vector
 from specstream.drafters.denoising import (
     FrozenEstimate,
     FrozenVelocity,
@@ -26,6 +30,7 @@ from specstream.generation.refinement_scores import (
 )
 from specstream.media_processor import MediaProcessor, load_media_processor
 from specstream.models.denoiser import FORM, Denoiser, load_denoiser
+from specstream.models.pretrained_denoiser import PretrainedDenoiser
 from specstream.verification.quality import AdaptiveThreshold
 
 WINDOW = 8  # drafted steps a round, unless said
@@ -44,10 +49,35 @@ class Refinement:
 
 @dataclass(frozen=True, slots=True)
 class MediaRun:
-    """What samples media, and what turns its samples into files."""
+    """What samples media, and what turns its samples into files.
+
+    `told` is a target of `diffusers`, which encodes prompts and decodes latents itself.
+    """
 
     pipeline: DenoisingPipeline | RefinementPipeline
     processor: MediaProcessor
+    told: PretrainedDenoiser | None = None
+
+    def condition(self, prompt: str, num_samples: int) -> dict[str, Tensor]:
+        """Return what the network is told: the prompt's text or class, nothing for no prompt.
+
+        Raises ValueError for a prompt that the model does not know.
+        """
+        if self.told is not None:
+            return self.told.condition([prompt] * num_samples)
+        processor = self.processor
+        if processor.text_size:
+            return {"text": text_vector(prompt, processor.text_size).expand(num_samples, -1)}
+        if not processor.classes:
+            if prompt:
+                raise ValueError('this model takes no prompt: give --prompt ""')
+            return {}
+        number = processor.class_number(prompt) if prompt else -1
+        return {"classes": torch.full((num_samples,), number)}
+
+    def media(self, states: Tensor) -> Tensor:
+        """Return what samples (B, *S) are to be written as."""
+        return states if self.told is None else self.told.decode(states)
 
 
 def is_media_run(run: str | Path) -> bool:
@@ -116,7 +146,48 @@ def load_media_run(
             refined_parts(target, processor),
         )
         return MediaRun(refined, processor)
-    pipeline = DenoisingPipeline(
+    sampler = drafted_sampler(target, drafter, num_steps, eta, guidance, window, batch_size)
+    return MediaRun(sampler, processor)
+
+
+def media_of_target(
+    target: PretrainedDenoiser,
+    *,
+    num_steps: int = 50,
+    eta: float | None = None,
+    guidance: float = 1.0,
+    free_draft: str | None = None,
+    window: int | None = None,
+    refinement: Refinement | None = None,
+    batch_size: int = 1,
+) -> MediaRun:
+    """Put a target of `diffusers` into a pipeline, with a drafter that needs no training or none.
+
+    Raises ValueError for options without effect.
+    """
+    if refinement is not None:
+        raise ValueError("refinement scores samples that are pixels; this target makes latents")
+    drafter = free_drafter(free_draft, target)
+    if drafter is None and window is not None:
+        raise ValueError("window is for drafts, and nothing drafts here: give a free_draft")
+    target.eval().requires_grad_(False)
+    rate = target.codec.compression.sample_rate or MediaProcessor.sample_rate
+    processor = MediaProcessor(target.kind, target.frame_rate, rate)
+    sampler = drafted_sampler(target, drafter, num_steps, eta, guidance, window, batch_size)
+    return MediaRun(sampler, processor, target)
+
+
+def drafted_sampler(
+    target: Denoiser,
+    drafter: StateDrafter | None,
+    num_steps: int,
+    eta: float | None,
+    guidance: float,
+    window: int | None,
+    batch_size: int,
+) -> DenoisingPipeline:
+    """Return the sampler with a window of `WINDOW` steps and eta 1, unless said."""
+    return DenoisingPipeline(
         target,
         num_steps,
         1.0 if eta is None else eta,
@@ -125,7 +196,6 @@ def load_media_run(
         None if drafter is None else FixedLength(WINDOW if window is None else window),
         batch_size=batch_size,
     )
-    return MediaRun(pipeline, processor)
 
 
 def rough_model(drafter: StateDrafter | None) -> Denoiser | None:

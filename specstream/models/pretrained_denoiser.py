@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ from specstream.models.text_conditions import encode_prompts, read_conditions
 from specstream.models.weights import resolve_dtype
 
 OFFLOADS = {"none": None, "block": "block_level", "leaf": "leaf_level"}
-KINDS = {1: "audio", 2: "image", 3: "video"}  # by the number of axes
+Kind = Literal["image", "video", "audio"]
+KINDS: dict[int, Kind] = {1: "audio", 2: "image", 3: "video"}  # by the number of axes
 
 
 class PretrainedDenoiser(Denoiser):
@@ -103,7 +104,7 @@ class PretrainedDenoiser(Denoiser):
         self.memory = self._place(home, quantize, quantize_codec, offload)
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         """What is made: "image", "video" or "audio"."""
         return KINDS[len(self.shape) - 1]
 

@@ -15,7 +15,13 @@ from torch import nn
 from specstream.generation.base import TextPipeline
 from specstream.generation.command.canvas_options import CanvasOptions
 from specstream.generation.command.media_options import MediaOptions
-from specstream.generation.command.options import Options, parse_options, wrong
+from specstream.generation.command.options import (
+    SHARED,
+    Options,
+    parse_options,
+    refuse_for_one_prompt,
+    wrong,
+)
 from specstream.generation.loading import build_pipeline, find_device, load_run
 from specstream.generation.masked import MaskedPipeline
 from specstream.generation.masked_loading import (
@@ -23,7 +29,13 @@ from specstream.generation.masked_loading import (
     is_masked_run,
     load_masked_run,
 )
-from specstream.generation.media_loading import MediaRun, is_media_run, load_media_run
+from specstream.generation.media_loading import (
+    MediaRun,
+    is_media_run,
+    load_media_run,
+    media_of_target,
+)
+from specstream.models.pretrained_denoiser import PretrainedDenoiser
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.verification import CanvasVerifier
 
@@ -43,19 +55,15 @@ def run_generation(arguments: list[str]) -> int:
 
 
 def _generate(options: Options) -> int:
-    if options.run is not None and is_media_run(options.run):
-        from specstream.generation.command.one_media import generate_media
-
-        return generate_media(make_media_run(options), options)
-    if options.media != MediaOptions():
-        wrong("media", "is for diffusion models of media, and this is a model of text")
     if options.prompts is not None:
         from specstream.generation.command.many_prompts import generate_many
 
-        return generate_many(
-            options, options.devices, lambda device: make_pipeline(options, device)
-        )
+        return generate_many(options, options.devices, lambda device: make_text(options, device))
     pipeline = make_pipeline(options, options.device)
+    if isinstance(pipeline, MediaRun):
+        from specstream.generation.command.one_media import generate_media
+
+        return generate_media(pipeline, options)
     if isinstance(pipeline, MaskedPipeline):
         from specstream.generation.command.one_canvas import fill_one
 
@@ -65,9 +73,16 @@ def _generate(options: Options) -> int:
     return generate_one(pipeline, options)
 
 
-def make_pipeline(options: Options, device: str) -> TextPipeline | MaskedPipeline:
+def make_pipeline(options: Options, device: str) -> TextPipeline | MaskedPipeline | MediaRun:
     """Load and put together what the options name, on `device`."""
+    if options.run is not None and is_media_run(options.run):
+        return make_media_run(options, None)
     target = None if options.target is None else options.target()
+    if isinstance(target, PretrainedDenoiser):
+        return make_media_run(options, target)
+    if options.media != MediaOptions():
+        wrong("media", "is for diffusion models of media, and this is a model of text")
+    refuse_for_one_prompt(options, SHARED)
     if options.run is not None and is_masked_run(options.run):
         return make_masked_pipeline(options, device, None)
     if isinstance(target, PretrainedMaskedLM):
@@ -75,27 +90,37 @@ def make_pipeline(options: Options, device: str) -> TextPipeline | MaskedPipelin
     return make_text_pipeline(options, device, target)
 
 
-def make_media_run(options: Options) -> MediaRun:
-    """Load a diffusion model of media; ValueError for options that are for text."""
+def make_text(options: Options, device: str) -> TextPipeline | MaskedPipeline:
+    """Do what `make_pipeline` does, for a file of prompts; ValueError for models of media."""
+    pipeline = make_pipeline(options, device)
+    if isinstance(pipeline, MediaRun):
+        wrong("prompts", "a file of prompts is for text; media are made one --prompt at a time")
+    return pipeline
+
+
+def make_media_run(options: Options, target: PretrainedDenoiser | None) -> MediaRun:
+    """Put together what samples media; ValueError for options that are for text."""
     default = Options()
-    own = {"run", "prompt", "output", "overwrite", "batch_size", "seed", "device", "compare"}
-    for name in vars(default):
-        if name not in own | {"stats", "media"} and getattr(options, name) != getattr(
-            default, name
-        ):
-            wrong(name, "is for text, and this run makes media")
+    own = {"run", "target", "prompt", "output", "overwrite", "batch_size", "seed", "device"}
+    own |= {"compare", "stats", "media", "dtype", "prompts"}
+    for name in sorted(vars(default).keys() - own):
+        if getattr(options, name) != getattr(default, name):
+            wrong(name, "is for text, and this is a diffusion model of media")
     media = options.media
-    return load_media_run(
-        str(options.run),
-        num_steps=media.num_steps,
-        eta=media.eta,
-        guidance=media.guidance,
-        free_draft=media.free_draft,
-        window=media.window,
-        refinement=media.refinement,
-        batch_size=max(options.batch_size, media.samples),
-        device=options.device,
-    )
+    how: dict[str, Any] = {
+        "num_steps": media.num_steps,
+        "eta": media.eta,
+        "guidance": media.guidance,
+        "free_draft": media.free_draft,
+        "window": media.window,
+        "refinement": media.refinement,
+    }
+    if target is not None:
+        return media_of_target(target, batch_size=options.batch_size, **how)
+    if options.dtype is not None:
+        wrong("dtype", "small models of media are kept in float32")
+    size = max(options.batch_size, media.samples)
+    return load_media_run(str(options.run), batch_size=size, device=options.device, **how)
 
 
 def make_masked_pipeline(

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from specstream.data.text_vectors import text_vector
 from specstream.files import write_whole
 from specstream.generation.command.comparison import REPEATS
 from specstream.generation.command.display import guarantee_of, say
@@ -41,7 +40,7 @@ def generate_media(run: MediaRun, options: Options) -> int:
     Raises ValueError for a prompt that the model does not know, or a file it cannot write.
     """
     path = output_path(options, run.processor)
-    condition = condition_of(run.processor, options.prompt or "", options.media.samples)
+    condition = run.condition(options.prompt or "", options.media.samples)
     refines = isinstance(run.pipeline, RefinementPipeline)
     if options.compare and run.pipeline.drafter is None and not refines:
         raise ValueError("compare: this is the plain target already, there is no drafter")
@@ -54,14 +53,16 @@ def generate_media(run: MediaRun, options: Options) -> int:
     except KeyboardInterrupt:
         say("interrupted; nothing was written")
         return INTERRUPTED
-    run.processor.write(first, path)
+    run.processor.write(run.media(first), path)
     stats = replace(run.pipeline.stats, modality=run.processor.kind)
+    if run.told is not None:
+        stats.quantized = dict(run.told.quantized)
     for line in refinement_report(stats) if refines else media_report(stats):
         say(line)
     say(f"wrote {path}")
     if rows:
         beside = path.with_name(f"{path.stem}-compare{path.suffix}")
-        run.processor.write(torch.cat([row.samples for row in rows]), beside)
+        run.processor.write(run.media(torch.cat([row.samples for row in rows])), beside)
         for line in comparison_report(rows):
             say(line)
         say(f"wrote {beside}: {', then '.join(row.name for row in rows)}")
@@ -84,18 +85,6 @@ def output_path(options: Options, processor: MediaProcessor) -> Path:
     if options.compare and beside.exists() and not options.overwrite:
         wrong("output", f"'{beside}' exists; give --overwrite true to replace it")
     return path
-
-
-def condition_of(processor: MediaProcessor, prompt: str, samples: int) -> dict[str, Tensor]:
-    """Return what the network is told: the prompt's text or class, nothing for no prompt."""
-    if processor.text_size:
-        return {"text": text_vector(prompt, processor.text_size).expand(samples, -1)}
-    if not processor.classes:
-        if prompt:
-            wrong("prompt", 'this model takes none: give --prompt ""')
-        return {}
-    number = processor.class_number(prompt) if prompt else -1
-    return {"classes": torch.full((samples,), number)}
 
 
 def show_progress(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import Namespace
 from torch import nn
@@ -24,6 +24,7 @@ from specstream.generation.media_loading import is_media_run
 from specstream.sampling import Sampling
 from specstream.verification import CanvasVerifier, TokenVerifier
 
+SHARED = ("output", "batch_size")  # for files of prompts, and for media
 DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -196,12 +197,9 @@ def check_options(options: Options) -> None:
         wrong("drafter", "a run has its own drafter; spell out the target too, in a --config")
     if (options.prompt is None) == (options.prompts is None):
         wrong("prompt", "give --prompt TEXT, or --prompts FILE with --output FILE; one of the two")
-    media = options.run is not None and is_media_run(options.run)
-    for name in ("output", "devices", "batch_size", "limit", "template"):
-        if media and name in ("output", "batch_size"):
-            continue
-        if options.prompts is None and getattr(options, name) != getattr(Options, name):
-            wrong(name, "is for a file of prompts (--prompts FILE)")
+    media = options.target is not None or is_media_run(str(options.run))
+    many = ("devices", "limit", "template") if media else ("devices", "limit", "template", *SHARED)
+    refuse_for_one_prompt(options, many)
     for name in ("compare", "show_drafts"):
         if options.prompts is not None and getattr(options, name):
             wrong(name, "is for one --prompt; python -m specstream.benchmark measures many")
@@ -209,6 +207,13 @@ def check_options(options: Options) -> None:
     _check_devices(options)
     for part in ("sampling", "limits", "draft_length"):  # their constructors check themselves
         getattr(options, part)
+
+
+def refuse_for_one_prompt(options: Options, names: Sequence[str]) -> None:
+    """Raise ConfigError for options that have no effect on one prompt of text."""
+    for name in names:
+        if options.prompts is None and getattr(options, name) != getattr(Options, name):
+            wrong(name, "is for a file of prompts (--prompts FILE)")
 
 
 def _check_paths(options: Options) -> None:
@@ -252,7 +257,7 @@ def _check_devices(options: Options) -> None:
         wrong("devices", f"{options.devices} asked for, {torch.cuda.device_count()} GPUs found")
 
 
-def wrong(key: str, reason: str) -> None:
+def wrong(key: str, reason: str) -> NoReturn:
     """Raise the one line for a wrong option."""
     raise ConfigError(f"config error: {key}: {reason}")
 

@@ -1,0 +1,134 @@
+"""Solvers of the deterministic sampler, each with an option that trades rounds for an error.
+
+A further one is a frozen dataclass that makes a `DenoisingSampler` for each value of its option.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from specstream.benchmark.media_methods import MediaModels, MediaSetting
+from specstream.generation import FixedLength
+from specstream.generation.accept_by_error import AcceptByErrorPipeline
+from specstream.generation.denoising_sampler import DenoisingSampler
+from specstream.generation.picard import PicardPipeline
+from specstream.generation.solvers import Euler, Solver, SolverPipeline
+
+STEPS = (5, 7, 9, 11, 13, 17, 25)
+TOLERANCES = (0.001, 0.003, 0.01, 0.03)
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """A sampler under one value of a curve's option."""
+
+    label: str
+    pipeline: DenoisingSampler
+
+
+class SolverCurve(ABC):
+    """A way to solve the deterministic sampler; subclasses are frozen dataclasses.
+
+    `tasks` are the names of the tasks it is for, None for all.
+    """
+
+    name: str
+    tasks: list[str] | None
+
+    @abstractmethod
+    def points(self, models: MediaModels, setting: MediaSetting) -> Iterator[CurvePoint]:
+        """Build a sampler for each value; setting.num_steps are those of an adaptive one."""
+
+
+@dataclass(frozen=True)
+class SolverSteps(SolverCurve):
+    """A solver that takes so many steps, one call each.
+
+    Args:
+        name: what the table calls it.
+        solver: the method.
+        num_steps: a point for each.
+        tasks: names of the tasks it is for; null for all.
+    """
+
+    name: str
+    solver: Solver = field(default_factory=Euler)
+    num_steps: list[int] = field(default_factory=lambda: list(STEPS))
+    tasks: list[str] | None = None
+
+    def points(self, models: MediaModels, setting: MediaSetting) -> Iterator[CurvePoint]:
+        for num_steps in self.num_steps:
+            pipeline = SolverPipeline(
+                models.target,
+                num_steps,
+                self.solver,
+                guidance=setting.guidance,
+                batch_size=setting.batch_size,
+            )
+            yield CurvePoint(f"{self.name} {num_steps}", pipeline)
+
+
+@dataclass(frozen=True)
+class AcceptByError(SolverCurve):
+    """Guessed velocities that stand where the target's are near enough.
+
+    Args:
+        name: what the table calls it.
+        order: 0 guesses the last velocity (FlowCast), 1 the line through the last two.
+        retake: take the steps that stand again by the target's velocities; False: as published.
+        tolerances: of the velocity; a point for each.
+        window: steps that are drafted in a round, at most.
+        tasks: names of the tasks it is for; null for all.
+    """
+
+    name: str
+    order: int = 1
+    retake: bool = True
+    tolerances: list[float] = field(default_factory=lambda: list(TOLERANCES))
+    window: int = 8
+    tasks: list[str] | None = None
+
+    def points(self, models: MediaModels, setting: MediaSetting) -> Iterator[CurvePoint]:
+        for tolerance in self.tolerances:
+            pipeline = AcceptByErrorPipeline(
+                models.target,
+                setting.num_steps,
+                tolerance,
+                self.order,
+                retake=self.retake,
+                guidance=setting.guidance,
+                lengths=FixedLength(self.window),
+                batch_size=setting.batch_size,
+            )
+            yield CurvePoint(f"{self.name} {tolerance:g}", pipeline)
+
+
+@dataclass(frozen=True)
+class Picard(SolverCurve):
+    """Windows of steps that are iterated until they stand still.
+
+    Args:
+        name: what the table calls it.
+        tolerances: by which a state that stands may have moved; a point for each.
+        window: states evaluated in a call.
+        tasks: names of the tasks it is for; null for all.
+    """
+
+    name: str
+    tolerances: list[float] = field(default_factory=lambda: list(TOLERANCES))
+    window: int = 8
+    tasks: list[str] | None = None
+
+    def points(self, models: MediaModels, setting: MediaSetting) -> Iterator[CurvePoint]:
+        for tolerance in self.tolerances:
+            pipeline = PicardPipeline(
+                models.target,
+                setting.num_steps,
+                tolerance=tolerance,
+                window=self.window,
+                guidance=setting.guidance,
+                batch_size=setting.batch_size,
+            )
+            yield CurvePoint(f"{self.name} {tolerance:g}", pipeline)

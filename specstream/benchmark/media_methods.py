@@ -1,0 +1,305 @@
+"""Who draws samples of a diffusion model: one row of the table each, as records of their options.
+
+A further method is a frozen dataclass that makes a `DenoisingSampler`; nothing else is asked of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from specstream.benchmark.pair import draft_folder
+from specstream.benchmark.runners import Runner
+from specstream.drafters import StateDrafter, WindowDenoiser
+from specstream.drafters.state_loading import RECORD, load_state_drafter
+from specstream.generation import FixedLength
+from specstream.generation.denoising import DenoisingPipeline
+from specstream.generation.denoising_sampler import DenoisingSampler
+from specstream.generation.loading import find_device
+from specstream.generation.media_loading import free_drafter
+from specstream.generation.solvers import Solver, SolverPipeline
+from specstream.media_processor import load_media_processor
+from specstream.models.denoiser import load_denoiser
+from specstream.sampling import Noise, Role
+from specstream.structures import Stats
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSetting:
+    """What every method of a task draws alike.
+
+    Args:
+        num_steps: of the plain sampler, N.
+        eta: of the plain sampler.
+        guidance: weight of the condition; 1 is none.
+        batch_size: samples drawn together.
+        rounds: of a sample, by the names of the methods that were counted before.
+    """
+
+    num_steps: int
+    eta: float
+    guidance: float = 1.0
+    batch_size: int = 1
+    rounds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """What the table calls it."""
+        guided = "" if self.guidance == 1 else f", guidance {self.guidance:g}"
+        return f"{self.num_steps} steps, eta {self.eta:g}{guided}"
+
+    def alone(self) -> MediaSetting:
+        """Return the same for samples that are drawn one by one."""
+        return replace(self, batch_size=1)
+
+
+class MediaModels:
+    """A target and the drafters of its task, each loaded once, on one device."""
+
+    def __init__(self, target: str, device: str) -> None:
+        self.path, self.place = target, find_device(device)
+        self.target = load_denoiser(target, self.place).eval().requires_grad_(False)
+        self.processor = load_media_processor(target)
+        if self.processor.text_size:
+            raise ValueError(
+                f"'{target}' is asked by text: samples are drawn by class or by nothing"
+            )
+        self._drafters: dict[str, StateDrafter] = {}
+
+    def condition(self, classes: Sequence[int]) -> dict[str, Tensor]:
+        """Return what the target is told of samples of these classes; nothing without classes."""
+        return {"classes": torch.tensor(list(classes))} if self.processor.classes else {}
+
+    def classes(self, num_samples: int, seed: int) -> list[int]:
+        """Return a class for each sample, each as likely as any other.
+
+        Equal counts would make samples depend on one another: two sets of them lie nearer together
+        than independent ones, and tests of their laws would find too little.
+        """
+        samples = torch.arange(num_samples)
+        uniforms = Noise(seed).uniform(samples, torch.zeros_like(samples), Role.ORDER)
+        return (uniforms * max(len(self.processor.classes), 1)).long().tolist()
+
+    def plain(self, setting: MediaSetting, num_steps: int, eta: float) -> DenoisingPipeline:
+        """Return the plain sampler."""
+        return DenoisingPipeline(
+            self.target,
+            num_steps,
+            eta,
+            guidance=setting.guidance,
+            batch_size=setting.batch_size,
+        )
+
+    def drafted(
+        self, setting: MediaSetting, drafter: StateDrafter, window: int
+    ) -> DenoisingPipeline:
+        """Return the sampler that verifies drafted steps exactly."""
+        return DenoisingPipeline(
+            self.target,
+            setting.num_steps,
+            setting.eta,
+            guidance=setting.guidance,
+            drafter=drafter,
+            lengths=FixedLength(window),
+            batch_size=setting.batch_size,
+        )
+
+    def drafter(self, run: str) -> StateDrafter:
+        """Return the drafter of a run folder."""
+        if run not in self._drafters:
+            self._drafters[run] = load_state_drafter(draft_folder(run), self.target)
+        return self._drafters[run]
+
+
+class SamplingRunner(Runner):
+    """A sampler as the alternating runs know it: a prompt is the class of a sample."""
+
+    variant = "only"
+
+    def __init__(self, models: MediaModels, pipeline: DenoisingSampler) -> None:
+        self.models, self.pipeline = models, pipeline
+
+    def run(
+        self, prompts: Sequence[list[int]], indices: Sequence[int], seed: int
+    ) -> list[list[int]]:
+        condition = self.models.condition([number for (number,) in prompts])
+        self.pipeline.complete(len(prompts), condition, seed=seed, indices=indices)
+        return [[] for _ in prompts]  # samples are no tokens
+
+    def take_stats(self) -> Stats:
+        return replace(self.pipeline.stats)
+
+
+class SamplingMethod(ABC):
+    """A way to draw samples; subclasses are frozen dataclasses of their options.
+
+    `tasks` are the names of the tasks it is for, None for all.
+    """
+
+    name: str
+    tasks: list[str] | None
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def pipeline(self, models: MediaModels, setting: MediaSetting) -> DenoisingSampler:
+        """Build it; ValueError when the models do not fit together."""
+
+    def missing(self) -> str | None:
+        """Say what this method needs and is not there yet; None when all is."""
+        return None
+
+    def refusal(self, setting: MediaSetting) -> str | None:
+        """Say why this method cannot draw what is asked for; None when it can."""
+        return None
+
+
+@dataclass(frozen=True)
+class PlainSteps(SamplingMethod):
+    """The target alone; without options the reference, which the others are compared with.
+
+    Args:
+        name: what the table calls it.
+        num_steps: null for those of the setting.
+        eta: null for that of the setting; 0 is the deterministic sampler.
+        tasks: names of the tasks it is for; null for all.
+    """
+
+    name: str = "plain"
+    num_steps: int | None = None
+    eta: float | None = None
+    tasks: list[str] | None = None
+    kind = "plain"
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is the plain sampler that a setting speaks of."""
+        return self.num_steps is None and self.eta is None
+
+    def pipeline(self, models: MediaModels, setting: MediaSetting) -> DenoisingSampler:
+        num_steps = setting.num_steps if self.num_steps is None else self.num_steps
+        return models.plain(setting, num_steps, setting.eta if self.eta is None else self.eta)
+
+
+@dataclass(frozen=True)
+class EqualRounds(SamplingMethod):
+    """The target alone with as many steps as a drafted method took rounds: what that has to beat.
+
+    Args:
+        name: what the table calls it.
+        method: name of the drafted one, which stands before this one.
+        eta: null for that of the setting; 0 is the deterministic sampler.
+        solver: a better one of the deterministic sampler; eta is then 0.
+        tasks: names of the tasks it is for; null for all.
+    """
+
+    name: str
+    method: str
+    eta: float | None = None
+    solver: Solver | None = None
+    tasks: list[str] | None = None
+    kind = "equal rounds"
+
+    def __post_init__(self) -> None:
+        if self.solver is not None and self.eta != 0:
+            raise ValueError(f"method '{self.name}': a solver is of the sampler with eta 0")
+
+    def refusal(self, setting: MediaSetting) -> str | None:
+        if self.method in setting.rounds:
+            return None
+        return f"method '{self.name}': '{self.method}' was not measured before it"
+
+    def pipeline(self, models: MediaModels, setting: MediaSetting) -> DenoisingSampler:
+        num_steps = max(round(setting.rounds[self.method]), 1)
+        if self.solver is None:
+            return models.plain(setting, num_steps, setting.eta if self.eta is None else self.eta)
+        return SolverPipeline(
+            models.target,
+            num_steps,
+            self.solver,
+            guidance=setting.guidance,
+            batch_size=setting.batch_size,
+        )
+
+
+class DraftedSteps(SamplingMethod):
+    """Steps that something cheaper guesses and the target verifies: the plain sampler's law."""
+
+    def refusal(self, setting: MediaSetting) -> str | None:
+        if setting.eta > 0:
+            return None
+        return f"method '{self.name}': with eta 0 steps have no law that a draft could keep"
+
+
+@dataclass(frozen=True)
+class FreeDraft(DraftedSteps):
+    """Drafts that need no training: what the target said last goes on.
+
+    Args:
+        name: what the table calls it.
+        draft: the target's last "estimate" of the data, or its last "velocity".
+        window: steps that are drafted in a round, at most.
+        tasks: names of the tasks it is for; null for all.
+    """
+
+    name: str
+    draft: Literal["estimate", "velocity"] = "estimate"
+    window: int = 8
+    tasks: list[str] | None = None
+    kind = "free draft"
+
+    def pipeline(self, models: MediaModels, setting: MediaSetting) -> DenoisingSampler:
+        drafter = free_drafter(self.draft, models.target)
+        assert drafter is not None
+        return models.drafted(setting, drafter, self.window)
+
+
+@dataclass(frozen=True)
+class TrainedDraft(DraftedSteps):
+    """Drafts of a trained drafter: residual, of a whole window, or a smaller diffusion model.
+
+    Args:
+        name: what the table calls it.
+        run: a run folder, or its draft/.
+        window: steps that are drafted in a round, at most.
+        tasks: names of the tasks it is for; null for all.
+    """
+
+    name: str
+    run: str
+    window: int = 8
+    tasks: list[str] | None = None
+    kind = "trained draft"
+
+    def missing(self) -> str | None:
+        if not Path(self.run).is_dir():
+            return f"method '{self.name}': there is no folder '{self.run}'"
+        if not (draft_folder(self.run) / RECORD).is_file():
+            return f"method '{self.name}': '{self.run}' holds no finished drafter"
+        return None
+
+    def pipeline(self, models: MediaModels, setting: MediaSetting) -> DenoisingSampler:
+        drafter = models.drafter(self.run)
+        if isinstance(drafter, WindowDenoiser) and self.window > drafter.num_steps:
+            raise ValueError(
+                f"method '{self.name}': the drafter of '{self.run}' guesses {drafter.num_steps} "
+                f"steps at once, not {self.window}"
+            )
+        return models.drafted(setting, drafter, self.window)
+
+
+def draft_passes(pipeline: DenoisingSampler) -> float:
+    """Return the passes of a drafter's network, one after another, of a sample of the last run.
+
+    A pass is made for each drafted step, or for a whole window; free drafts need none.
+    """
+    stats, drafter = pipeline.stats, getattr(pipeline, "drafter", None)
+    if not isinstance(drafter, StateDrafter) or not list(drafter.parameters()):
+        return 0.0
+    rounds = stats.full_rounds - stats.plain_rounds
+    return (stats.draft_lengths if drafter.calls_a_step else rounds) / stats.prompts

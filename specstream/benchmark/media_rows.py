@@ -1,0 +1,184 @@
+"""From what samplers have drawn to the rows of media: laws, costs, and how near to a solution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from specstream.benchmark.media_curves import CurvePoint
+from specstream.benchmark.media_methods import MediaSetting, SamplingMethod, draft_passes
+from specstream.benchmark.media_records import (
+    MediaRow,
+    PlainRatio,
+    SampleLaw,
+    SamplingCosts,
+    SolverRow,
+)
+from specstream.benchmark.rows import Machine
+from specstream.benchmark.timing import Measured, ratio_interval
+from specstream.generation.denoising_sampler import DenoisingSampler
+from specstream.metrics import energy_distance, energy_test, psnr, temporal_consistency
+from specstream.structures import Stats
+
+VIDEO_AXES = 5  # of a batch of videos (B, C, F, H, W)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one method drew, and what it counted."""
+
+    method: SamplingMethod
+    pipeline: DenoisingSampler
+    samples: Tensor  # (n, *S)
+    stats: Stats
+    draft_passes: float
+
+    @property
+    def rounds(self) -> float:
+        """Calls of the target, one after another, of a sample."""
+        return self.stats.full_rounds / self.stats.prompts
+
+    @property
+    def target_rows(self) -> float:
+        """States of a sample that the target evaluated."""
+        return self.stats.target_rows / self.stats.prompts
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The seconds of one method, on samples alone and in batches."""
+
+    alone: Measured
+    in_batch: Measured
+
+    @property
+    def seconds_alone(self) -> float:
+        """Seconds of a sample that is drawn alone."""
+        return self.alone.total / len(self.alone.tokens)
+
+    @property
+    def seconds_in_batch(self) -> float:
+        """Seconds of a sample in a batch."""
+        return self.in_batch.total / len(self.in_batch.tokens)
+
+
+def draw(
+    method: SamplingMethod, pipeline: DenoisingSampler, condition: dict[str, Tensor], *, seed: int,
+    num_samples: int,
+) -> Drawn:  # fmt: skip
+    """Draw the samples of a method."""
+    samples = pipeline.complete(num_samples, condition, seed=seed)
+    return Drawn(method, pipeline, samples, replace(pipeline.stats), draft_passes(pipeline))
+
+
+@dataclass(frozen=True)
+class MediaRowMaker:
+    """Turns the samples and the seconds of one task under one setting into rows.
+
+    `plain` (n, *S) are samples of the reference from other noise than that of the methods.
+    """
+
+    task: str
+    target: str
+    setting: MediaSetting
+    held_out: Tensor  # (m, *S)
+    plain: Tensor
+    num_permutations: int
+    machine: Machine
+
+    def rows(self, drawn: Sequence[Drawn], timed: Sequence[Timed]) -> list[MediaRow]:
+        """Return a row for each method; the first is the reference of all."""
+        reference = drawn[0], timed[0]
+        pairs = zip(drawn, timed, strict=True)
+        return [self._row(each, took, *reference) for each, took in pairs]
+
+    def _row(self, each: Drawn, took: Timed, plain: Drawn, plain_took: Timed) -> MediaRow:
+        stats = each.stats
+        return MediaRow(
+            task=self.task,
+            setting=self.setting.label,
+            target=self.target,
+            method=each.method.name,
+            kind=each.method.kind,
+            guarantee=stats.guarantee.value,
+            law=stats.law,
+            num_steps=each.pipeline.grid.num_steps,
+            eta=each.pipeline.eta,
+            num_samples=len(each.samples),
+            num_held_out=len(self.held_out),
+            batch_size=self.setting.batch_size,
+            repeats=len(took.alone.seconds),
+            costs=SamplingCosts(
+                rounds=each.rounds,
+                target_rows=each.target_rows,
+                draft_calls=(stats.full_rounds - stats.plain_rounds) / stats.prompts,
+                draft_passes=each.draft_passes,
+                seconds_alone=took.seconds_alone,
+                seconds_in_batch=took.seconds_in_batch,
+            ),
+            samples=self.law(each.samples),
+            comparison=PlainRatio(
+                reference=plain.method.name,
+                round_ratio=plain.rounds / each.rounds,
+                row_ratio=each.target_rows / plain.target_rows,
+                speedup_alone=plain_took.seconds_alone / took.seconds_alone,
+                speedup_alone_interval=ratio_interval(
+                    plain_took.alone.block_seconds, took.alone.block_seconds
+                ),
+                speedup_in_batch=plain_took.seconds_in_batch / took.seconds_in_batch,
+            ),
+            acceptance=stats.acceptance,
+            alphas=stats.alphas,
+            machine=self.machine,
+        )
+
+    def law(self, samples: Tensor) -> SampleLaw:
+        """Compare the law of samples (n, *S) with that of the data and the plain sampler's."""
+        to_data = energy_test(samples, self.held_out, self.num_permutations)
+        to_plain = energy_test(samples, self.plain, self.num_permutations)
+        is_video = samples.dim() == VIDEO_AXES and samples.shape[2] > 1
+        return SampleLaw(
+            data_distance=to_data.distance,
+            data_noise=to_data.noise,
+            plain_distance=to_plain.distance,
+            plain_noise=to_plain.noise,
+            plain_p_value=to_plain.p_value,
+            temporal_consistency=(
+                temporal_consistency(samples, self.held_out) if is_video else None
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class SolverRowMaker:
+    """Turns samples into rows; `solution` (n, *S) is what the deterministic ones miss."""
+
+    task: str
+    target: str
+    held_out: Tensor  # (m, *S)
+    solution: Tensor
+    reference_steps: int
+    machine: Machine
+
+    def row(self, curve: str, point: CurvePoint, samples: Tensor) -> SolverRow:
+        """Return the row of the samples (n, *S) that a point of a curve has drawn."""
+        stats = point.pipeline.stats
+        decibels = psnr(samples, self.solution)
+        return SolverRow(
+            task=self.task,
+            target=self.target,
+            curve=curve,
+            method=point.label,
+            guarantee=stats.guarantee.value,
+            law=stats.law,
+            num_samples=len(samples),
+            reference_steps=self.reference_steps,
+            rounds=stats.full_rounds / stats.prompts,
+            target_rows=stats.target_rows / stats.prompts,
+            psnr=decibels if np.isfinite(decibels) else None,
+            data_distance=energy_distance(samples, self.held_out),
+            machine=self.machine,
+        )
