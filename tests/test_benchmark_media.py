@@ -1,0 +1,302 @@
+"""The tables of media: rounds, laws and seconds of drafted steps, and the errors of solvers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from specstream.benchmark import EqualRounds, MediaStudy, MediaTask, PlainSteps
+from specstream.benchmark.command import main
+from specstream.benchmark.media_methods import MediaModels
+from specstream.benchmark.readme import render
+from specstream.data.media_sources import MediaSource, Samples
+from specstream.drafters import IndependentDenoiser, ResidualDenoiser, WindowDenoiser
+from specstream.drafters.state_loading import save_state_drafter
+from specstream.generation.denoising import DenoisingPipeline
+from specstream.generation.media_loading import load_media_run
+from specstream.generation.solvers import AdamsBashforth2
+from specstream.media_processor import MediaProcessor
+from specstream.metrics import energy_distance, psnr
+from specstream.models import Denoiser, FlowSchedule, PatchTransformer
+from specstream.models.denoiser import load_denoiser
+
+STEPS, SAMPLES, SOLVED = 8, 12, 4
+SHAPE = (1, 2, 4, 4)  # two frames of 4 by 4
+
+
+@dataclass(frozen=True)
+class Flickers(MediaSource):
+    """Thirty videos of noise."""
+
+    size: int = 4
+
+    def check(self) -> None:
+        pass
+
+    def samples(self) -> Samples:
+        noise = torch.Generator().manual_seed(0)
+        return Samples(torch.randn(30, 1, 2, self.size, self.size, generator=noise), None)
+
+    @property
+    def processor(self) -> MediaProcessor:
+        return MediaProcessor("video", classes=("a", "b"))
+
+
+def network(in_channels: int = 1, out_channels: int = 1, times: int = 1) -> PatchTransformer:
+    torch.manual_seed(0)
+    net = PatchTransformer(in_channels, out_channels, (1, 2, 2), 8, 1, 2, times, num_classes=2)
+    torch.nn.init.normal_(net.write.weight, std=0.3)
+    return net
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target of untrained weights, and a drafter of each kind for it."""
+    folder = tmp_path_factory.mktemp("models")
+    Denoiser(network(), FlowSchedule(), SHAPE).save(folder / "target")
+    MediaProcessor("video", classes=("a", "b")).save(folder / "target")
+    target = load_denoiser(folder / "target")
+    for name, drafter in {
+        "residual": ResidualDenoiser(network(2, times=2)),
+        "window": WindowDenoiser(network(2, 4, 2), 4),
+        "small": IndependentDenoiser(Denoiser(network(), FlowSchedule(), SHAPE)),
+    }.items():
+        save_state_drafter(folder / name / "draft", drafter, target)
+    return folder
+
+
+def block(place: str, /, **options: Any) -> dict[str, Any]:
+    return {"class_path": f"specstream.{place}", "init_args": options}
+
+
+def method(kind: str, name: str, /, **options: Any) -> dict[str, Any]:
+    return block(f"benchmark.{kind}", name=name, **options)
+
+
+PLAIN = method("PlainSteps", "plain")
+FREE = method("FreeDraft", "free", draft="estimate", window=4)
+
+
+def toy(models: Path, **options: Any) -> dict[str, Any]:
+    return {
+        "name": "toy",
+        "target": str(models / "target"),
+        "data": {"class_path": "tests.test_benchmark_media.Flickers"},
+        "num_steps": [STEPS],
+        "num_samples": SAMPLES,
+        "num_solved": SOLVED,
+        "batch_size": 8,
+        "validation_fraction": 0.5,
+    } | options
+
+
+def write_study(
+    folder: Path, task: dict[str, Any], methods: Sequence[dict[str, Any]], **options: Any
+) -> str:
+    study = {
+        "tasks": [task], "methods": list(methods), "timed_samples": 2, "repeats": 1,
+        "num_permutations": 19, "device": "cpu",
+    }  # fmt: skip
+    path = folder / "toy.yaml"
+    path.write_text(yaml.safe_dump({"study": block("benchmark.MediaStudy", **study | options)}))
+    return str(path)
+
+
+def measure(
+    config: str, output: Path, capsys: pytest.CaptureFixture[str], *words: str
+) -> list[dict[str, Any]]:
+    code = main(["--config", config, "--output", str(output), *words])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    rows = json.loads(shown.out.splitlines()[-1])
+    assert rows == json.loads(output.read_text())
+    return rows
+
+
+def every_method(models: Path) -> list[dict[str, Any]]:
+    solver = block("generation.solvers.AdamsBashforth2")
+    return [
+        method("PlainSteps", "half", num_steps=STEPS // 2),
+        PLAIN,  # not the first here, but in the table
+        FREE,
+        method("FreeDraft", "velocity", draft="velocity", window=2),
+        method("TrainedDraft", "residual", run=str(models / "residual"), window=4),
+        method("TrainedDraft", "window", run=str(models / "window"), window=4),
+        method("TrainedDraft", "small", run=str(models / "small"), window=4),
+        method("EqualRounds", "same", method="free"),
+        method("EqualRounds", "ode", method="free", eta=0.0),
+        method("EqualRounds", "ab2", method="free", eta=0.0, solver=solver),
+    ]
+
+
+def test_every_way_to_draw_gets_a_row_of_costs_and_laws(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, configs = tmp_path / "docs/results", tmp_path / "configs"
+    configs.mkdir()
+    config = write_study(tmp_path, toy(models), every_method(models))
+    rows = measure(config, results / "toy.json", capsys)
+    found = {row["method"]: row for row in rows}
+    assert next(iter(found)) == "plain" and len(found) == 10
+    plain = found["plain"]
+    assert plain["rounds"] == plain["target_rows"] == STEPS and plain["round_ratio"] == 1
+    assert found["half"]["rounds"] == STEPS // 2 and found["half"]["round_ratio"] == 2
+    for name in ("free", "velocity", "residual", "window", "small"):
+        row = found[name]
+        assert row["guarantee"] == "exact law" and 0 < row["acceptance"] <= 1
+        assert 1 < row["rounds"] <= STEPS <= row["target_rows"]
+        assert row["round_ratio"] == pytest.approx(STEPS / row["rounds"], rel=1e-4)
+        assert row["draft_calls"] <= row["rounds"] and row["alphas"]
+    assert found["free"]["draft_passes"] == found["velocity"]["draft_passes"] == 0
+    assert found["window"]["draft_passes"] == found["window"]["draft_calls"] > 0
+    for name in ("residual", "small"):  # a pass for each drafted state
+        drafted = found[name]["target_rows"] - found[name]["rounds"]
+        assert found[name]["draft_passes"] == pytest.approx(drafted, rel=1e-4)
+    for name, eta in (("same", 1.0), ("ode", 0.0), ("ab2", 0.0)):
+        assert found[name]["rounds"] == round(found["free"]["rounds"]) and found[name]["eta"] == eta
+    for row in rows:
+        assert 0 < row["plain_p_value"] <= 1 and row["temporal_consistency"] > 0
+        assert min(row["seconds_alone"], row["seconds_in_batch"]) > 0
+    assert (results / "toy-rounds.png").is_file() and (results / "toy-alpha.png").is_file()
+    section = render(results, configs, tmp_path)
+    assert f"**toy, {STEPS} steps, eta 1 ({SAMPLES} samples, " in section
+    assert "| method | steps | eta | rounds | fewer rounds |" in section
+    assert "toy-rounds.png" in section
+
+
+def test_a_row_is_of_what_the_pipeline_drew(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Recount the rounds and the distances of a drafted row, and of plain beside plain."""
+    plain, free = measure(
+        write_study(tmp_path, toy(models), [PLAIN, FREE]), tmp_path / "toy.json", capsys
+    )
+    target, loaded = load_denoiser(models / "target"), MediaModels(str(models / "target"), "cpu")
+    first, classes = (loaded.condition(loaded.classes(SAMPLES, seed)) for seed in (0, 1))
+    held_out = MediaTask("toy", str(models / "target"), Flickers(), validation_fraction=0.5)
+    data = held_out.held_out(SHAPE)
+    assert 0 < len(data) == free["num_held_out"] < 30
+    other = DenoisingPipeline(target, STEPS).complete(SAMPLES, first, seed=0)
+    again = DenoisingPipeline(target, STEPS).complete(SAMPLES, classes, seed=1)
+    drafted = load_media_run(models / "target", num_steps=STEPS, free_draft="estimate", window=4)
+    samples = drafted.pipeline.complete(SAMPLES, classes, seed=1)
+    assert free["rounds"] == pytest.approx(drafted.pipeline.stats.full_rounds / SAMPLES, rel=1e-4)
+    for row, own in ((plain, again), (free, samples)):
+        expected = energy_distance(own, other)
+        assert row["plain_distance"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        expected = energy_distance(own, data)
+        assert row["data_distance"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_classes_are_drawn_alike_and_independently_of_one_another(models: Path) -> None:
+    """Equal counts would bias the distance of two runs of one sampler below 0."""
+    loaded = MediaModels(str(models / "target"), "cpu")
+    found = [loaded.classes(400, seed) for seed in (0, 1)]
+    assert found[0] == loaded.classes(400, 0) != found[1]
+    assert all(set(classes) == {0, 1} and 0 < abs(sum(classes) - 200) < 40 for classes in found)
+    same = sum(one == other for one, other in zip(*found, strict=True))
+    assert abs(same - 200) < 40
+
+
+def test_samples_of_another_law_are_found_out(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One step makes other samples than eight: the test has to tell them apart."""
+    task = toy(models, num_samples=40)
+    methods = [PLAIN, method("PlainSteps", "one", num_steps=1)]
+    rows = measure(write_study(tmp_path, task, methods), tmp_path / "toy.json", capsys)
+    assert rows[1]["plain_p_value"] == 0.05 and rows[1]["plain_distance"] > 0
+    assert rows[1]["plain_distance"] > 3 * abs(rows[0]["plain_distance"])
+
+
+def test_solvers_are_held_beside_the_solution_of_their_noise(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    solvers = [
+        method("SolverSteps", "Euler", num_steps=[4, 16, 40]),
+        method("AcceptByError", "error", order=1, tolerances=[0.0, 1e9], window=4),
+        method("Picard", "Picard", tolerances=[0.0], window=4),
+    ]
+    config = write_study(
+        tmp_path, toy(models), [], solvers=solvers, solver_steps=10, reference_steps=40
+    )
+    rows = measure(config, tmp_path / "docs/results/toy.json", capsys)
+    found = {row["method"]: row for row in rows}
+    assert list(found) == ["Euler 4", "Euler 16", "Euler 40", "error 0", "error 1e+09", "Picard 0"]
+    assert found["Euler 40"]["psnr"] is None  # the solution itself
+    assert found["Euler 4"]["psnr"] < found["Euler 16"]["psnr"]
+    assert [found[f"Euler {n}"]["rounds"] for n in (4, 16, 40)] == [4, 16, 40]
+    assert found["error 1e+09"]["rounds"] < 10 and found["error 0"]["rounds"] <= 10
+    target, loaded = load_denoiser(models / "target"), MediaModels(str(models / "target"), "cpu")
+    classes = loaded.condition(loaded.classes(SOLVED, 0))
+    solution, ten = (
+        DenoisingPipeline(target, steps, 0.0).complete(SOLVED, classes, seed=0)
+        for steps in (40, 10)
+    )
+    for name in ("error 0", "Picard 0"):  # nothing may differ from the 10 steps
+        assert found[name]["psnr"] == pytest.approx(psnr(ten, solution), abs=0.1)
+    assert found["Picard 0"]["guarantee"] == "bounded error"
+    assert (tmp_path / "docs/results/toy-psnr.png").is_file()
+
+
+def test_what_is_missing_is_refused_or_left_out_in_one_line(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = method("TrainedDraft", "gone", run=str(models / "gone"))
+    begun = method("TrainedDraft", "begun", run=str(models / "target"))
+    after = method("EqualRounds", "after", method="gone")
+    config = write_study(tmp_path, toy(models), [PLAIN, gone, begun, after])
+    output = tmp_path / "toy.json"
+    assert main(["--config", config, "--output", str(output)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and f"'gone': there is no folder '{models}/gone'" in lines[0]
+    assert "skip_missing: true leaves it out" in lines[0] and not output.exists()
+    assert main(["--config", config, "--output", str(output), "--study.skip_missing", "true"]) == 0
+    shown = capsys.readouterr()
+    assert [row["method"] for row in json.loads(shown.out.splitlines()[-1])] == ["plain"]
+    assert "left out: toy: method 'begun'" in shown.err and "no finished drafter" in shown.err
+    assert "method 'after': 'gone' was not measured before it" in shown.err
+
+
+def test_mistakes_are_one_line(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusal(*methods: dict[str, Any], words: Sequence[str] = (), **options: Any) -> str:
+        config = write_study(tmp_path, toy(models, **options), methods or [PLAIN])
+        output = str(tmp_path / "never.json")
+        assert main(["--config", config, "--output", output, *words]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if "samples of" not in line]
+        assert len([line for line in lines if not line.startswith("  ")]) == 1, lines
+        return lines[-1]
+
+    assert "there is no task 'x'; there are toy" in refusal(words=["--study.only_tasks", "[x]"])
+    assert "there is no diffusion model in" in refusal(target=str(models / "none"))
+    assert "etas must be above 0" in refusal(etas=[0.0])
+    assert "num_steps must be at least 2" in refusal(num_steps=[1])
+    assert "validation_fraction must be between" in refusal(validation_fraction=0.0)
+    assert "no PlainSteps method without options" in refusal(FREE)
+    data = {"class_path": "tests.test_benchmark_media.Flickers", "init_args": {"size": 6}}
+    assert "the target's states are [1, 2, 4, 4], the data's [1, 2, 6, 6]" in refusal(data=data)
+    told = MediaProcessor("video", text_size=4)
+    told.save(models / "told")
+    load_denoiser(models / "target").save(models / "told")
+    assert "is asked by text" in refusal(target=str(models / "told"))
+    long = method("TrainedDraft", "long", run=str(models / "window"), window=5)
+    assert "guesses 4 steps at once, not 5" in refusal(PLAIN, long)
+
+
+def test_options_are_checked_where_they_are_given(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a solver is of the sampler with eta 0"):
+        EqualRounds("x", "free", solver=AdamsBashforth2())
+    gone = MediaTask("gone", str(tmp_path / "gone"), Flickers())
+    with pytest.raises(ValueError, match="must be at least 1"):
+        MediaStudy([gone], [PlainSteps()], repeats=0).check()
+    with pytest.raises(ValueError, match="no task is left"):
+        MediaStudy([gone], [], skip_missing=True).check()
