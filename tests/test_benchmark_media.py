@@ -20,7 +20,7 @@ from specstream.data.media_sources import MediaSource, Samples
 from specstream.drafters import IndependentDenoiser, ResidualDenoiser, WindowDenoiser
 from specstream.drafters.state_loading import save_state_drafter
 from specstream.generation.denoising import DenoisingPipeline
-from specstream.generation.media_loading import load_media_run
+from specstream.generation.media_loading import SamplerOptions, load_media_run
 from specstream.generation.solvers import AdamsBashforth2
 from specstream.media_processor import MediaProcessor
 from specstream.metrics import energy_distance, psnr
@@ -185,7 +185,9 @@ def test_a_row_is_of_what_the_pipeline_drew(
     assert 0 < len(data) == free["num_held_out"] < 30
     other = DenoisingPipeline(target, STEPS).complete(SAMPLES, first, seed=0)
     again = DenoisingPipeline(target, STEPS).complete(SAMPLES, classes, seed=1)
-    drafted = load_media_run(models / "target", num_steps=STEPS, free_draft="estimate", window=4)
+    drafted = load_media_run(
+        models / "target", SamplerOptions(num_steps=STEPS, free_draft="estimate", window=4)
+    )
     samples = drafted.pipeline.complete(SAMPLES, classes, seed=1)
     assert free["rounds"] == pytest.approx(drafted.pipeline.stats.full_rounds / SAMPLES, rel=1e-4)
     for row, own in ((plain, again), (free, samples)):

@@ -10,7 +10,7 @@ import torch
 from specstream.cli import generate
 from specstream.drafters import IndependentDenoiser, ResidualDenoiser
 from specstream.drafters.state_loading import save_state_drafter
-from specstream.generation.media_loading import Refinement, load_media_run
+from specstream.generation.media_loading import Refinement, SamplerOptions, load_media_run
 from specstream.generation.refinement import RefinementPipeline
 from specstream.media_processor import MediaProcessor
 from specstream.models import Denoiser, FlowSchedule, PatchTransformer
@@ -72,7 +72,7 @@ def test_a_spectrogram_is_refined_in_segments_of_time_and_written_as_a_sound(
 ) -> None:
     log_mel = LogMel(num_bands=8, num_frames=8, window=256, hop=128, iterations=2)
     MediaProcessor("audio", spectrogram=log_mel).save(run / "model")
-    pipeline = load_media_run(run, refinement=Refinement(2, 0.0)).pipeline
+    pipeline = load_media_run(run, SamplerOptions(refinement=Refinement(2, 0.0))).pipeline
     assert isinstance(pipeline, RefinementPipeline)
     assert pipeline.parts.sizes == (8, 1) and pipeline.eta == 0
     output = tmp_path / "a.wav"

@@ -110,10 +110,10 @@ class MediaModels:
             batch_size=setting.batch_size,
         )
 
-    def drafter(self, run: str) -> StateDrafter:
-        """Return the drafter of a run folder."""
+    def drafter(self, run: str, guidance: float) -> StateDrafter:
+        """Return the drafter of a run folder; a diffusion model is guided as its target is."""
         if run not in self._drafters:
-            self._drafters[run] = load_state_drafter(draft_folder(run), self.target)
+            self._drafters[run] = load_state_drafter(draft_folder(run), self.target, guidance)
         return self._drafters[run]
 
 
@@ -284,7 +284,7 @@ class TrainedDraft(DraftedSteps):
         return None
 
     def pipeline(self, models: MediaModels, setting: MediaSetting) -> DenoisingSampler:
-        drafter = models.drafter(self.run)
+        drafter = models.drafter(self.run, setting.guidance)
         if isinstance(drafter, WindowDenoiser) and self.window > drafter.num_steps:
             raise ValueError(
                 f"method '{self.name}': the drafter of '{self.run}' guesses {drafter.num_steps} "

@@ -53,8 +53,11 @@ def read_state_record(folder: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def load_state_drafter(folder: Path, target: Denoiser) -> StateDrafter:
-    """Build the drafter of `folder` for `target`; ValueError for another one's or damaged files."""
+def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) -> StateDrafter:
+    """Build the drafter of `folder` for `target`; ValueError for another one's or damaged files.
+
+    A drafter that is a diffusion model itself is guided as the target is.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -63,7 +66,7 @@ def load_state_drafter(folder: Path, target: Denoiser) -> StateDrafter:
     drafter: StateDrafter
     try:
         if kind == IndependentDenoiser.__name__:
-            drafter = IndependentDenoiser(load_denoiser(folder, target.device))
+            drafter = IndependentDenoiser(load_denoiser(folder, target.device), guidance)
             check_shapes(drafter.denoiser, target)
             return drafter.eval().requires_grad_(False)
         network = PatchTransformer(**record["drafter"]["network"])

@@ -56,10 +56,16 @@ class DenoisingPipeline(DenoisingSampler):
             raise ValueError(
                 "eta 0 is a deterministic sampler: its steps have no law that a draft could be "
                 "drawn from, so no drafted step is ever the target's; use eta above 0, or a "
-                "verifier with a bounded error"
+                "sampler with a bounded error"
+            )
+        verifier = verifier or ReflectionCoupling()
+        if drafter is not None and drafter.law not in verifier.needs:
+            raise ValueError(
+                f"{type(verifier).__name__} is exact for {[law.value for law in verifier.needs]} "
+                f"drafts, and {type(drafter).__name__}'s are {drafter.law.value}"
             )
         self.drafter = drafter
-        self.verifier = verifier or ReflectionCoupling()
+        self.verifier = verifier
         lengths = lengths or FixedLength(0 if drafter is None else 8)
         super().__init__(target, num_steps, eta, guidance, lengths, batch_size)
         self.last_drawn = int((step_stds(self.grid, eta) > 0).sum())  # steps that have a law

@@ -16,11 +16,15 @@ from specstream.drafters.denoising import (
     FrozenVelocity,
     IndependentDenoiser,
     StateDrafter,
+    WindowDenoiser,
 )
 from specstream.drafters.state_loading import load_state_drafter, read_state_record
+from specstream.generation.accept_by_error import AcceptByErrorPipeline
 from specstream.generation.denoising import DenoisingPipeline
+from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.lengths import FixedLength
 from specstream.generation.loading import find_device
+from specstream.generation.picard import PicardPipeline
 from specstream.generation.refinement import RefinementPipeline
 from specstream.generation.refinement_scores import (
     Appearance,
@@ -28,13 +32,22 @@ from specstream.generation.refinement_scores import (
     TargetDisagreement,
     usual_parts,
 )
+from specstream.generation.solvers import (
+    AdamsBashforth2,
+    DPMSolver2M,
+    Solver,
+    SolverPipeline,
+)
 from specstream.media_processor import MediaProcessor, load_media_processor
+from specstream.models.codec import PixelCodec
 from specstream.models.denoiser import FORM, Denoiser, load_denoiser
 from specstream.models.pretrained_denoiser import PretrainedDenoiser
 from specstream.verification.quality import AdaptiveThreshold
 
 WINDOW = 8  # drafted steps a round, unless said
 FREE = ("estimate", "velocity")  # drafts that need no training
+Sampler = Literal["ddim", "adams-bashforth", "dpm-solver++", "by-error", "picard"]
+MOST_AT_ONCE = 64  # samples of a small model that are drawn together, unless said
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +61,28 @@ class Refinement:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplerOptions:
+    """How samples are drawn: the options that a run and a target of `diffusers` share."""
+
+    num_steps: int = 50
+    eta: float | None = None
+    guidance: float = 1.0
+    sampler: Sampler = "ddim"
+    tolerance: float | None = None
+    free_draft: Literal["estimate", "velocity"] | None = None
+    window: int | None = None
+    refinement: Refinement | None = None
+    batch_size: int = MOST_AT_ONCE
+
+
+@dataclass(frozen=True, slots=True)
 class MediaRun:
     """What samples media, and what turns its samples into files.
 
     `told` is a target of `diffusers`, which encodes prompts and decodes latents itself.
     """
 
-    pipeline: DenoisingPipeline | RefinementPipeline
+    pipeline: DenoisingSampler
     processor: MediaProcessor
     told: PretrainedDenoiser | None = None
 
@@ -93,109 +121,119 @@ def is_media_run(run: str | Path) -> bool:
 
 
 def load_media_run(
-    run: str | Path,
-    *,
-    num_steps: int = 50,
-    eta: float | None = None,
-    guidance: float = 1.0,
-    free_draft: str | None = None,
-    window: int | None = None,
-    refinement: Refinement | None = None,
-    batch_size: int = 16,
-    device: str = "auto",
+    run: str | Path, options: SamplerOptions | None = None, device: str = "auto"
 ) -> MediaRun:
-    """Load a run: its drafter with its target, or a trained model alone.
+    """Load a run, its drafter with its target, or a trained model alone, and put it together.
 
-    `free_draft` drafts without a trained drafter, going on with the target's last "estimate" of the
-    data or its last "velocity"; `window` is how many steps are drafted in a round, at most.  With a
-    `refinement` a drafter is a smaller diffusion model that makes the drafts, and eta is 0 unless
-    given, else 1.
     Raises ValueError for folders that are no such run, and for options without effect.
     """
-    if free_draft not in (None, *FREE):
-        raise ValueError(f"free_draft must be one of {', '.join(FREE)}, got '{free_draft}'")
-    folder, place = Path(run), find_device(device)
+    options, folder, place = options or SamplerOptions(), Path(run), find_device(device)
     draft = folder / "draft"
     drafter: StateDrafter | None = None
     if draft.is_dir():
-        if free_draft is not None:
+        if options.free_draft is not None:
             raise ValueError(f"'{run}' has a trained drafter: free_draft is for a target alone")
         path = str(read_state_record(draft)["target"]["path"])
         target = load_denoiser(path, place)
-        drafter = load_state_drafter(draft, target)
+        drafter = load_state_drafter(draft, target, options.guidance)
     else:
         path = str(folder / "model" if (folder / "model").is_dir() else folder)
         target = load_denoiser(path, place)
-        drafter = free_drafter(free_draft, target)
-    if drafter is None and window is not None:
-        raise ValueError("window is for drafts, and nothing drafts here: give a free_draft")
-    target.eval().requires_grad_(False)
     processor = load_media_processor(path)
+    if options.guidance != 1 and not (processor.classes or processor.text_size):
+        raise ValueError("guidance is the weight of a prompt, and this model takes none")
+    return MediaRun(media_sampler(target, drafter, processor, options), processor)
+
+
+def media_of_target(target: PretrainedDenoiser, options: SamplerOptions) -> MediaRun:
+    """Put a target of `diffusers` into a pipeline; ValueError for options without effect."""
+    refinement = options.refinement
+    pixels = isinstance(target.codec, PixelCodec)
+    if refinement is not None and refinement.score == "appearance" and not pixels:
+        raise ValueError("refinement_score appearance looks at pixels; this target makes latents")
+    rate = target.codec.compression.sample_rate or MediaProcessor.sample_rate
+    processor = MediaProcessor(target.kind, target.frame_rate, rate)
+    return MediaRun(media_sampler(target, None, processor, options), processor, target)
+
+
+def media_sampler(
+    target: Denoiser,
+    drafter: StateDrafter | None,
+    processor: MediaProcessor,
+    options: SamplerOptions,
+) -> DenoisingSampler:
+    """Return the pipeline that the options name; ValueError for options without effect."""
+    target.eval().requires_grad_(False)
+    refinement, size = options.refinement, options.batch_size
     if refinement is not None:
-        refined = RefinementPipeline(
+        return RefinementPipeline(
             target,
             rough_model(drafter),
             refinement.draft_steps,
-            num_steps,
+            options.num_steps,
             Appearance() if refinement.score == "appearance" else TargetDisagreement(),
             AdaptiveThreshold(refinement.threshold),
             refinement.strength,
-            guidance,
-            batch_size,
-            0.0 if eta is None else eta,
+            options.guidance,
+            size,
+            0.0 if options.eta is None else options.eta,
             refined_parts(target, processor),
         )
-        return MediaRun(refined, processor)
-    sampler = drafted_sampler(target, drafter, num_steps, eta, guidance, window, batch_size)
-    return MediaRun(sampler, processor)
-
-
-def media_of_target(
-    target: PretrainedDenoiser,
-    *,
-    num_steps: int = 50,
-    eta: float | None = None,
-    guidance: float = 1.0,
-    free_draft: str | None = None,
-    window: int | None = None,
-    refinement: Refinement | None = None,
-    batch_size: int = 1,
-) -> MediaRun:
-    """Put a target of `diffusers` into a pipeline, with a drafter that needs no training or none.
-
-    Raises ValueError for options without effect.
-    """
-    if refinement is not None:
-        raise ValueError("refinement scores samples that are pixels; this target makes latents")
-    drafter = free_drafter(free_draft, target)
-    if drafter is None and window is not None:
+    if options.sampler != "ddim":
+        if drafter is not None or options.free_draft is not None:
+            raise ValueError(f"drafters are for ddim's steps, not for sampler {options.sampler}")
+        return deterministic_sampler(target, options)
+    if options.tolerance is not None:
+        raise ValueError("tolerance is for the samplers by-error and picard")
+    drafter = free_drafter(options.free_draft, target) if drafter is None else drafter
+    if drafter is None and options.window is not None:
         raise ValueError("window is for drafts, and nothing drafts here: give a free_draft")
-    target.eval().requires_grad_(False)
-    rate = target.codec.compression.sample_rate or MediaProcessor.sample_rate
-    processor = MediaProcessor(target.kind, target.frame_rate, rate)
-    sampler = drafted_sampler(target, drafter, num_steps, eta, guidance, window, batch_size)
-    return MediaRun(sampler, processor, target)
-
-
-def drafted_sampler(
-    target: Denoiser,
-    drafter: StateDrafter | None,
-    num_steps: int,
-    eta: float | None,
-    guidance: float,
-    window: int | None,
-    batch_size: int,
-) -> DenoisingPipeline:
-    """Return the sampler with a window of `WINDOW` steps and eta 1, unless said."""
     return DenoisingPipeline(
         target,
-        num_steps,
-        1.0 if eta is None else eta,
-        guidance,
+        options.num_steps,
+        1.0 if options.eta is None else options.eta,
+        options.guidance,
         drafter,
-        None if drafter is None else FixedLength(WINDOW if window is None else window),
-        batch_size=batch_size,
+        None if drafter is None else FixedLength(drafted_window(drafter, options.window)),
+        batch_size=size,
     )
+
+
+def deterministic_sampler(target: Denoiser, options: SamplerOptions) -> DenoisingSampler:
+    """Return a better solver, or one that guesses; ValueError for options without effect."""
+    name, size = options.sampler, options.batch_size
+    solvers: dict[str, Solver] = {
+        "adams-bashforth": AdamsBashforth2(),
+        "dpm-solver++": DPMSolver2M(),
+    }
+    if name != "picard" and options.eta not in (None, 0):
+        raise ValueError(f"sampler {name} is deterministic: eta must be 0, not {options.eta}")
+    if name in solvers:
+        if options.tolerance is not None or options.window is not None:
+            raise ValueError(f"sampler {name} guesses nothing: tolerance and window are for others")
+        return SolverPipeline(target, options.num_steps, solvers[name], options.guidance, size)
+    tolerance = 0.01 if options.tolerance is None else options.tolerance
+    window = WINDOW if options.window is None else options.window
+    if name == "by-error":
+        return AcceptByErrorPipeline(
+            target,
+            options.num_steps,
+            tolerance,
+            guidance=options.guidance,
+            lengths=FixedLength(window),
+            batch_size=size,
+        )
+    eta = 0.0 if options.eta is None else options.eta
+    return PicardPipeline(target, options.num_steps, eta, tolerance, window, options.guidance, size)
+
+
+def drafted_window(drafter: StateDrafter, window: int | None) -> int:
+    """Return how many steps are drafted in a round; ValueError for more than the drafter can."""
+    if not isinstance(drafter, WindowDenoiser):
+        return WINDOW if window is None else window
+    if window is not None and window > drafter.num_steps:
+        raise ValueError(f"media.window: the drafter guesses {drafter.num_steps} steps at most")
+    return min(WINDOW, drafter.num_steps) if window is None else window
 
 
 def rough_model(drafter: StateDrafter | None) -> Denoiser | None:

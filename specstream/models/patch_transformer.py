@@ -111,8 +111,9 @@ class PatchTransformer(nn.Module):
             none = self.classes.num_embeddings - 1
             given = torch.full_like(times[:, 0], -1).long() if classes is None else classes
             told = told + self.classes(torch.where(given < 0, none, given))
-        if self.text is not None and text is not None:
-            told = told + self.text(text.to(patches))
+        if self.text is not None:
+            nothing = patches.new_zeros(len(patches), self.text.in_features)
+            told = told + self.text(nothing if text is None else text.to(patches))
         for block in self.blocks:
             hidden = block(hidden, told)
         shift, scale = self.last_scale(nn.functional.silu(told))[:, None].chunk(2, -1)

@@ -168,6 +168,8 @@ class PretrainedDenoiser(Denoiser):
         if not wanted:
             return {}
         said = self.stored
+        if said is not None and any(prompts):
+            raise ValueError('the conditions are stored, and a prompt has no effect: --prompt ""')
         if said is None:
             said = encode_prompts(
                 self.parts,

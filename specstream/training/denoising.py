@@ -10,14 +10,16 @@ Shapes: B rows, S the shape of a state.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from specstream.drafters.denoising import IndependentDenoiser
 from specstream.drafters.state_loading import save_state_drafter
+from specstream.files import replaced_folder
 from specstream.media_processor import MediaProcessor
 from specstream.models.denoiser import Denoiser, load_denoiser
 from specstream.models.noise_schedule import FlowSchedule, NoiseSchedule
@@ -73,7 +75,9 @@ class DenoisingModule(SummedLossModule):
         self.denoiser = Denoiser(network, noise_schedule or FlowSchedule(), (), prediction)
 
     def on_fit_start(self) -> None:
-        shape = self.trainer.datamodule.shape  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        shape = data.shape
+        check_network(self.denoiser.network, data, shape[0], shape[0], 1)
         self.denoiser.shape = shape
         if self.target is not None and self.target.shape != shape:
             raise ValueError(
@@ -129,10 +133,38 @@ class DenoisingModule(SummedLossModule):
     def export(self, run: Path, processor: MediaProcessor) -> Path:  # type: ignore[override]
         if self.target is None:
             folder = run / "model"
-            self.denoiser.save(folder)
-            processor.save(folder)
+            with replaced_folder(folder) as new:
+                self.denoiser.save(new)
+                processor.save(new)
             return folder
         assert self.target.path is not None
         folder = run / "draft"
         save_state_drafter(folder, IndependentDenoiser(self.denoiser), self.target)
         return folder
+
+
+def check_network(
+    network: nn.Module, data: Any, in_channels: int, out_channels: int, num_times: int
+) -> None:
+    """Raise ValueError where a network is not of the data's channels, classes or texts."""
+    if not isinstance(network, PatchTransformer):
+        return
+    processor = data.processor
+    wanted = {
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "num_times": num_times,
+        "num_classes": len(processor.classes),
+        "text_size": processor.text_size,
+    }
+    for name, value in wanted.items():
+        found = network.options[name]
+        if found != value and not (name in ("num_classes", "text_size") and found == 0):
+            raise ValueError(f"model.network: {name} is {found}, but here it must be {value}")
+    if processor.classes and not network.options["num_classes"]:
+        raise ValueError(
+            f"model.network: num_classes is 0, but the data has {wanted['num_classes']}"
+        )
+    axes = len(data.shape) - 1
+    if len(network.patch) != axes:
+        raise ValueError(f"model.network: patch has {len(network.patch)} sizes for {axes} axes")

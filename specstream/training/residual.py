@@ -2,8 +2,9 @@
 
 A drafted step stands with probability 1 - TV of two Gaussians, erfc(|delta| / (2 sqrt 2)), delta
 the distance of their means in standard deviations.  So the loss is what it costs: the probability
-that the step falls, erf(|delta| / (2 sqrt 2)).  Where |delta| is large its gradient vanishes; a
-small share of |delta| itself keeps it alive.
+that the step falls, erf(|delta| / (2 sqrt 2)), over steps 1..L after the target's word alike.  (In
+decoding a later step is reached only where those before it stood, so that more of them stand.)
+Where |delta| is large the gradient vanishes; a small share of |delta| itself keeps it alive.
 
 Every batch draws its trajectories from the frozen target, so a resumed run sees what an
 uninterrupted one sees.  Of each trajectory some windows are used: a start, where the target has
@@ -31,7 +32,7 @@ from specstream.models.patch_transformer import PatchTransformer
 from specstream.sampling import Noise, Role
 from specstream.structures import StateContext
 from specstream.training.base import Batch, LossSum, SummedLossModule
-from specstream.training.denoising import VALIDATION, condition_of
+from specstream.training.denoising import VALIDATION, check_network, condition_of
 from specstream.training.optimization import Schedule
 from specstream.training.sampling import HeldOutSampling
 from specstream.transitions import StepGrid, estimate_weights, step_stds, transition
@@ -110,6 +111,8 @@ class ResidualModule(SummedLossModule):
         super().__init__(optimizer, schedule)
         if not 0 < eta <= 1:
             raise ValueError(f"eta must be above 0 and at most 1 for drafts with a law, got {eta}")
+        if num_steps < 3:
+            raise ValueError(f"num_steps must be at least 3 for steps to draft, got {num_steps}")
         if not 1 <= window < num_steps:
             raise ValueError(f"window must be in 1..{num_steps - 1}, got {window}")
         if windows_per_row < 1:
@@ -125,11 +128,14 @@ class ResidualModule(SummedLossModule):
         self.drafter = WindowDenoiser(network, window) if at_once else ResidualDenoiser(network)
 
     def on_fit_start(self) -> None:
-        shape = self.trainer.datamodule.shape  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        shape = data.shape
         if self.target.shape != shape:
             raise ValueError(
                 f"the target's states are {list(self.target.shape)}, the data's {list(shape)}"
             )
+        at_once = self.window if isinstance(self.drafter, WindowDenoiser) else 1
+        check_network(self.drafter.network, data, 2 * shape[0], at_once * shape[0], 2)
 
     def loss(self, batch: Batch) -> LossSum:
         grid = self.grid.to(self.device)

@@ -1,14 +1,26 @@
 """Sampling with verified drafts: the law of the plain sampler, whatever drafts."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from specstream.drafters import FrozenEstimate, FrozenVelocity, IndependentDenoiser, StateDrafter
+from specstream.drafters import (
+    FrozenEstimate,
+    FrozenVelocity,
+    IndependentDenoiser,
+    ResidualDenoiser,
+    StateDrafter,
+    WindowDenoiser,
+)
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import FixedLength
-from specstream.models import Denoiser, FlowSchedule
+from specstream.metrics import energy_test
+from specstream.models import Denoiser, FlowSchedule, PatchTransformer
+from specstream.structures import StateDraft, StateVerdict
 from specstream.transitions import Prediction
+from specstream.verification.gaussian import ReflectionCoupling
 from tests.denoising_toys import counts_of, gaussian_model
 
 SHAPE = (3,)
@@ -49,6 +61,49 @@ def test_drafted_samples_have_the_law_of_the_plain_sampler(name: str, eta: float
     assert (covariance - right_covariance).abs().max() < 4.5 * width**2 * (4 / rows) ** 0.5
     assert pipeline.stats.target_calls < STEPS
     assert pipeline.stats.guarantee.value == "exact law"
+
+
+def awake(in_channels: int, out_channels: int, num_times: int, seed: int) -> PatchTransformer:
+    """Return a network whose last layer, 0 when fresh, says something."""
+    torch.manual_seed(seed)
+    network = PatchTransformer(in_channels, out_channels, (2,), 16, 1, 2, num_times, 2)
+    for weight in (network.write.weight, network.last_scale.weight):
+        torch.nn.init.normal_(weight, std=0.2)
+    return network
+
+
+@dataclass(frozen=True)
+class KeepsAll(ReflectionCoupling):
+    """A biased rule that says it is exact: whatever was drafted stands."""
+
+    def __call__(
+        self, draft: StateDraft, means: Tensor, stds: Tensor, uniforms: Tensor, normals: Tensor
+    ) -> StateVerdict:
+        surely = torch.full_like(uniforms, 1e-300)
+        return super().__call__(draft, means, stds, surely, normals)
+
+
+@pytest.mark.parametrize(
+    "drafter, rule, exact",
+    [
+        ("residual", ReflectionCoupling(), True),
+        ("window", ReflectionCoupling(), True),
+        ("residual", KeepsAll(), False),
+    ],
+)
+def test_networks_with_guidance_keep_the_law_and_a_biased_rule_does_not(
+    drafter: str, rule: ReflectionCoupling, exact: bool
+) -> None:
+    target = Denoiser(awake(1, 1, 1, 0), FlowSchedule(), (1, 6))
+    network = awake(2, 1 if drafter == "residual" else 4, 2, 1)
+    guess = ResidualDenoiser(network) if drafter == "residual" else WindowDenoiser(network, 4)
+    told = {"classes": torch.arange(600) % 2}
+    sizes = {"guidance": 3.0, "batch_size": 600}
+    plain = DenoisingPipeline(target, 10, **sizes).complete(600, told, seed=1)
+    pipeline = DenoisingPipeline(target, 10, 1.0, 3.0, guess, FixedLength(4), rule, 600)
+    found = energy_test(pipeline.complete(600, told, seed=2), plain, num_permutations=199)
+    assert (found.p_value > 0.01) == exact
+    assert pipeline.stats.full_rounds < 600 * 10
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:

@@ -38,7 +38,7 @@ def target(tmp_path: Path) -> str:
 
 
 def batch(rows: int = 8) -> dict[str, torch.Tensor]:
-    return next(iter(MediaDataModule(Digits(), rows).train_dataloader()))
+    return next(iter(MediaDataModule(Digits(), batch_size=rows).train_dataloader()))
 
 
 def test_an_untrained_flow_pays_the_mean_square_of_its_velocity() -> None:
@@ -105,6 +105,33 @@ def test_training_asks_the_drafter_what_decoding_asks_it(target: str, at_once: b
 
         law = transition(guess, states, context.steps + place, grid, 1.0)
         assert torch.allclose(law.means, draft.means[:, place], atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_loss_asks_about_the_states_after_those_that_the_target_spoke_of(
+    target: str, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lazy restart: the target spoke of step s, and the drafter begins at s + 1."""
+    window, asked = 4, []
+    net = network(2, 2, window if at_once else 1)
+    module = ResidualModule(net, target, num_steps=12, window=window, at_once=at_once)
+    object.__setattr__(module, "_trainer", type("T", (), {"current_epoch": 0})())
+    trajectories, guess = module._trajectories, module._guess
+    seen = []
+    monkeypatch.setattr(
+        module, "_trajectories", lambda *given: seen.append(trajectories(*given)) or seen[-1]
+    )
+    monkeypatch.setattr(module, "_guess", lambda *given: asked.append(given) or guess(*given))
+    module.loss(batch(4))
+    ((states, at, context, _),) = asked
+    rows = torch.arange(4).repeat(len(at) // 4)
+    assert torch.equal(context.steps, context.seen_steps + 1)
+    assert torch.equal(context.seen, seen[0].states[context.seen_steps, rows])
+    assert torch.equal(context.states, seen[0].states[context.steps, rows])
+    assert torch.equal(context.estimates, seen[0].estimates[context.seen_steps, rows])
+    assert torch.equal(states, seen[0].states[at, rows])
+    ahead = at - context.seen_steps
+    assert (ahead.min(), ahead.max()) == (1, window) and at.max() <= 10
 
 
 def arguments(run: Path, name: str, *more: str) -> list[str]:

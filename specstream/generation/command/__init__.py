@@ -30,7 +30,9 @@ from specstream.generation.masked_loading import (
     load_masked_run,
 )
 from specstream.generation.media_loading import (
+    MOST_AT_ONCE,
     MediaRun,
+    SamplerOptions,
     is_media_run,
     load_media_run,
     media_of_target,
@@ -50,7 +52,8 @@ def run_generation(arguments: list[str]) -> int:
         return _generate(options)
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            "the GPU is out of memory; lower --batch_size or --max_new_tokens, or --quantize both"
+            "the GPU is out of memory; lower --batch_size, --max_new_tokens or the size of media, "
+            "or quantize the models"
         ) from error
 
 
@@ -107,20 +110,23 @@ def make_media_run(options: Options, target: PretrainedDenoiser | None) -> Media
         if getattr(options, name) != getattr(default, name):
             wrong(name, "is for text, and this is a diffusion model of media")
     media = options.media
-    how: dict[str, Any] = {
-        "num_steps": media.num_steps,
-        "eta": media.eta,
-        "guidance": media.guidance,
-        "free_draft": media.free_draft,
-        "window": media.window,
-        "refinement": media.refinement,
-    }
+    small = MOST_AT_ONCE if options.batch_size == Options.batch_size else options.batch_size
+    how = SamplerOptions(
+        num_steps=media.num_steps,
+        eta=media.eta,
+        guidance=media.guidance,
+        sampler=media.sampler,
+        tolerance=media.tolerance,
+        free_draft=media.free_draft,
+        window=media.window,
+        refinement=media.refinement,
+        batch_size=small if target is None else options.batch_size,
+    )
     if target is not None:
-        return media_of_target(target, batch_size=options.batch_size, **how)
+        return media_of_target(target, how)
     if options.dtype is not None:
         wrong("dtype", "small models of media are kept in float32")
-    size = max(options.batch_size, media.samples)
-    return load_media_run(str(options.run), batch_size=size, device=options.device, **how)
+    return load_media_run(str(options.run), how, options.device)
 
 
 def make_masked_pipeline(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from specstream.generation.media_loading import Refinement
+from specstream.generation.media_loading import Refinement, Sampler
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,11 @@ class MediaOptions:
         eta: 0 is the deterministic sampler, 1 the ancestral one; drafts are exact above 0; 1 unless
             said, of a refinement 0.
         guidance: weight of the prompt; 1 is that of training, more follows it more closely.
+        sampler: ddim, whose steps have a law where eta is above 0; adams-bashforth and dpm-solver++
+            are better solvers of the deterministic one; by-error guesses its velocities and keeps
+            what is within a tolerance; picard puts a window of steps right at once.
+        tolerance: of by-error (squared error of a velocity) and picard (change of a state); 0.01
+            unless said.
         window: steps drafted in a round, at most; none: 8.
         free_draft: draft without a trained drafter, from the target's last estimate of the data or
             its last velocity.
@@ -37,6 +43,8 @@ class MediaOptions:
     steps: int = 50
     eta: float | None = None
     guidance: float = 1.0
+    sampler: Sampler = "ddim"
+    tolerance: float | None = None
     window: int | None = None
     free_draft: Literal["estimate", "velocity"] | None = None
     draft_steps: int | None = None
@@ -52,6 +60,10 @@ class MediaOptions:
                 raise ValueError(f"media.{name} must be in 1..10000, got {value}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise ValueError(f"media.eta must be in [0, 1], got {self.eta}")
+        for name in ("guidance", "refinement_threshold", "tolerance"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"media.{name} must be a finite number, got {value}")
         if self.window is not None and not 0 <= self.window <= 64:
             raise ValueError(f"media.window must be in 0..64, got {self.window}")
         if self.main_steps is not None and self.steps != MediaOptions.steps:
@@ -60,7 +72,9 @@ class MediaOptions:
         for name in ("refinement_score", "refinement_strength"):
             if not refines and getattr(self, name) is not None:
                 raise ValueError(f"media.{name} is for refinement: give media.draft_steps")
-        for name in ("free_draft", "window"):
+        if refines and self.sampler != "ddim":
+            raise ValueError("media.sampler is for whole samples, and this is a refinement")
+        for name in ("free_draft", "window", "tolerance"):
             if refines and getattr(self, name) is not None:
                 raise ValueError(f"media.{name} is for drafted steps, and this is a refinement")
 

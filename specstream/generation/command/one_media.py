@@ -18,8 +18,10 @@ from specstream.generation.command.display import guarantee_of, say
 from specstream.generation.command.one_prompt import INTERRUPTED
 from specstream.generation.command.options import Options, wrong
 from specstream.generation.denoising import DenoisingPipeline
+from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.media_loading import MediaRun
 from specstream.generation.refinement import RefinementPipeline
+from specstream.generation.solvers import SolverPipeline
 from specstream.media_processor import MediaProcessor
 from specstream.structures import Guarantee, Stats
 
@@ -42,7 +44,7 @@ def generate_media(run: MediaRun, options: Options) -> int:
     path = output_path(options, run.processor)
     condition = run.condition(options.prompt or "", options.media.samples)
     refines = isinstance(run.pipeline, RefinementPipeline)
-    if options.compare and run.pipeline.drafter is None and not refines:
+    if options.compare and is_plain(run.pipeline):
         raise ValueError("compare: this is the plain target already, there is no drafter")
     rows: list[Sampled] = []
     try:
@@ -53,6 +55,8 @@ def generate_media(run: MediaRun, options: Options) -> int:
     except KeyboardInterrupt:
         say("interrupted; nothing was written")
         return INTERRUPTED
+    if not bool(first.isfinite().all()):
+        raise ValueError("the samples hold numbers that are not finite; try --dtype float32")
     run.processor.write(run.media(first), path)
     stats = replace(run.pipeline.stats, modality=run.processor.kind)
     if run.told is not None:
@@ -88,9 +92,7 @@ def output_path(options: Options, processor: MediaProcessor) -> Path:
 
 
 def show_progress(
-    pipeline: DenoisingPipeline | RefinementPipeline,
-    condition: Mapping[str, Tensor],
-    options: Options,
+    pipeline: DenoisingSampler, condition: Mapping[str, Tensor], options: Options
 ) -> Tensor:
     """Sample once with a bar that counts steps, and shows rounds and acceptance."""
     samples = options.media.samples
@@ -115,9 +117,7 @@ def show_progress(
 
 
 def compare(
-    pipeline: DenoisingPipeline | RefinementPipeline,
-    condition: Mapping[str, Tensor],
-    options: Options,
+    pipeline: DenoisingSampler, condition: Mapping[str, Tensor], options: Options
 ) -> list[Sampled]:
     """Time the pipeline, the plain target, and the plain target with as many steps as rounds."""
     media = options.media
@@ -129,9 +129,8 @@ def compare(
             pipeline.target, num_steps, pipeline.eta, media.guidance, batch_size=pipeline.batch_size
         )
 
-    ways: dict[str, DenoisingPipeline | RefinementPipeline] = {
-        "refined" if isinstance(pipeline, RefinementPipeline) else "drafted": pipeline
-    }
+    ours = "refined" if isinstance(pipeline, RefinementPipeline) else "drafted"
+    ways: dict[str, DenoisingSampler] = {ours: pipeline}
     ways |= {f"plain, {steps} steps": plain(steps) for steps in (media.num_steps, max(1, rounds))}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     found = {}
@@ -143,6 +142,12 @@ def compare(
         Sampled(name, found[name], way.stats, statistics.median(seconds[name]))
         for name, way in ways.items()
     ]
+
+
+def is_plain(pipeline: DenoisingSampler) -> bool:
+    """Whether every round of a sampler is one step of the target's own."""
+    undrafted = isinstance(pipeline, DenoisingPipeline) and pipeline.drafter is None
+    return undrafted or isinstance(pipeline, SolverPipeline)
 
 
 def media_report(stats: Stats) -> list[str]:
@@ -189,6 +194,9 @@ def comparison_report(rows: list[Sampled]) -> list[str]:
         lines.append(f"{row.name:<18}{counts}{row.seconds:>10.3f}")
     if rows[0].stats.guarantee is Guarantee.HEURISTIC:
         lines.append("refined samples have no law that is promised: judge them by what they are")
+        return lines
+    if rows[0].stats.guarantee is Guarantee.BOUNDED_ERROR:
+        lines.append("the drafted samples are near the plain ones of the same noise, not equal")
         return lines
     lines.append(
         "the drafted samples have the law of the plain ones with as many steps; each run draws "
