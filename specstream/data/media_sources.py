@@ -8,7 +8,6 @@ Shapes: n samples, S the shape of a state, F frames, H height, W width, C colour
 
 from __future__ import annotations
 
-import zipfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specstream.files import one_line
 from specstream.media_processor import MediaProcessor
 
 
@@ -162,13 +162,14 @@ class ImageArrays(MediaSource):
 
 def read_array(path: str, name: str) -> np.ndarray:
     """Return an array of an .npz file; ValueError in one line for what is none."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if name not in arrays.files:
-                raise ValueError(f"'{path}' has no array '{name}': {arrays.files}")
-            return np.asarray(arrays[name])
-    except (OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"'{path}' is no .npz file that can be read: {error}") from error
+    with one_line(f"'{path}' is no .npz file that can be read"):
+        arrays = np.load(path, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            raise ValueError("it holds one array without a name")
+        with arrays:
+            if name in arrays.files:
+                return np.asarray(arrays[name])
+            raise ValueError(f"it has no array '{name}', but {', '.join(arrays.files)}")
 
 
 def class_names(labels: np.ndarray) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from specstream.drafters.denoising import (
     StateDrafter,
     WindowDenoiser,
 )
-from specstream.files import replaced_folder
+from specstream.files import one_line, replaced_folder
 from specstream.models.denoiser import Denoiser, load_denoiser
 from specstream.models.fingerprint import fingerprint
 from specstream.models.patch_transformer import PatchTransformer
@@ -58,13 +58,15 @@ def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) ->
 
     A drafter that is a diffusion model itself is guided as the target is.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     record = read_state_record(folder)
     kind = str(record["drafter"]["class_path"]).rpartition(".")[2]
     drafter: StateDrafter
-    try:
+    known = [made.__name__ for made in (IndependentDenoiser, ResidualDenoiser, WindowDenoiser)]
+    if kind not in known:
+        raise ValueError(f"'{folder}' names {kind}, which is none of {', '.join(known)}")
+    with one_line(f"'{folder}' holds a damaged drafter"):
         if kind == IndependentDenoiser.__name__:
             drafter = IndependentDenoiser(load_denoiser(folder, target.device), guidance)
             check_shapes(drafter.denoiser, target)
@@ -73,12 +75,8 @@ def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) ->
         network.load_state_dict(load_file(folder / WEIGHTS))
         if kind == ResidualDenoiser.__name__:
             drafter = ResidualDenoiser(network)
-        elif kind == WindowDenoiser.__name__:
-            drafter = WindowDenoiser(network, int(record["drafter"]["num_steps"]))
         else:
-            raise ValueError(f"{kind} is no drafter of denoising steps")
-    except (KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"'{folder}' holds a damaged drafter: {error}") from error
+            drafter = WindowDenoiser(network, int(record["drafter"]["num_steps"]))
     found, expected = fingerprint(target.network), record["target"].get("fingerprint")
     if expected is not None and found != expected:
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specstream.files import one_line
 from specstream.models.noise_schedule import (
     DiscreteSchedule,
     FlowSchedule,
@@ -124,11 +125,13 @@ class Denoiser(nn.Module):
 
 def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     """Load what `Denoiser.save` wrote; ValueError in one line for what is no such folder."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(path)
-    try:
+    for name in (FORM, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"'{path}' is no denoiser: it has no {name}")
+    with one_line(f"'{path}' holds a damaged denoiser"):
         form: dict[str, Any] = json.loads((folder / FORM).read_text())
         named = dict(form["schedule"])
         schedule = SCHEDULES[named.pop("class")](**named)
@@ -136,11 +139,5 @@ def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoi
         network.load_state_dict(load_file(folder / WEIGHTS))
         prediction = Prediction(form["prediction"])
         denoiser = Denoiser(network, schedule, form["shape"], prediction, form.get("clip"))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"'{path}' is no denoiser: it has no {Path(error.filename).name}"
-        ) from error
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"'{path}' holds a damaged denoiser: {error}") from error
     denoiser.path = str(path)
     return denoiser.to(device)

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 TIME_SCALE = 1000.0  # what the latest time is to a network
 
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SPACINGS = ("leading", "trailing", "linspace")
+MOST_STEPS = 100_000
+
 
 @dataclass(frozen=True, slots=True)
 class Levels:
@@ -163,6 +167,23 @@ class DiscreteSchedule(NoiseSchedule):
     steps_offset: int = 0
     snr_shift: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("beta_schedule", self.beta_schedule, BETA_SCHEDULES),
+            ("spacing", self.spacing, SPACINGS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got '{value}'")
+        if not 1 <= self.num_train_timesteps <= MOST_STEPS:
+            raise ValueError(
+                f"num_train_timesteps must be in 1..{MOST_STEPS}, got {self.num_train_timesteps}"
+            )
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"beta_start and beta_end must be in order and in (0, 1), got {self.beta_start} "
+                f"and {self.beta_end}"
+            )
+
     def grid(self, num_steps: int) -> StepGrid:
         check_steps(num_steps, self.num_train_timesteps)
         scheduler = self._scheduler()
@@ -193,12 +214,13 @@ class DiscreteSchedule(NoiseSchedule):
 
 def discrete_grid(alphas_cumprod: Tensor, timesteps: Tensor) -> StepGrid:
     """Return the levels at `timesteps` (N,), and data after the last."""
-    share = torch.cat([alphas_cumprod.double()[timesteps.long()], torch.ones(1).double()])
+    places = timesteps.long().clamp(max=len(alphas_cumprod) - 1)  # an offset may exceed the last
+    share = torch.cat([alphas_cumprod.double()[places], torch.ones(1).double()])
     times = torch.cat([timesteps.double(), torch.zeros(1).double()])
     return StepGrid(times, share.sqrt(), (1 - share).clamp(min=0).sqrt())
 
 
-def check_steps(num_steps: int, most: int = 100_000) -> None:
+def check_steps(num_steps: int, most: int = MOST_STEPS) -> None:
     """Raise ValueError for a number of steps that the schedule does not have."""
     if not 1 <= num_steps <= most:
         raise ValueError(f"the number of denoising steps must be in 1..{most}, got {num_steps}")

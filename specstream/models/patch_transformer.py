@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+LARGEST = 100_000  # of any size of a network: more is a slip of the pen
 LONGEST = 10_000.0  # wavelength of the slowest sine
 
 
@@ -58,6 +59,11 @@ class PatchTransformer(nn.Module):
         super().__init__()
         if not 1 <= len(patch) <= 3 or min(patch) < 1:
             raise ValueError(f"patch must be 1 to 3 sizes of at least 1, got {list(patch)}")
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "num_times": num_times}
+        sizes |= {"hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads}
+        for name, size in sizes.items():
+            if not 1 <= size <= LARGEST:
+                raise ValueError(f"{name} must be in 1..{LARGEST}, got {size}")
         if hidden_size % num_heads:
             raise ValueError(
                 f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}"

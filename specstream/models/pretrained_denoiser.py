@@ -33,6 +33,7 @@ from specstream.models.text_conditions import encode_prompts, read_conditions
 from specstream.models.weights import resolve_dtype
 
 OFFLOADS = {"none": None, "block": "block_level", "leaf": "leaf_level"}
+MOST_CLASSES = 1_000_000
 Kind = Literal["image", "video", "audio"]
 KINDS: dict[int, Kind] = {1: "audio", 2: "image", 3: "video"}  # by the number of axes
 
@@ -275,4 +276,6 @@ def class_numbers(prompts: Sequence[str]) -> Tensor:
     for prompt in prompts:
         if not prompt.isdecimal():
             raise ValueError(f"this model is told the number of a class, not '{prompt}'")
+        if int(prompt) >= MOST_CLASSES:
+            raise ValueError(f"there is no class {prompt}")
     return torch.tensor([int(prompt) for prompt in prompts])

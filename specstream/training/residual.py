@@ -122,6 +122,11 @@ class ResidualModule(SummedLossModule):
         self.grid = self.target.schedule.grid(num_steps)
         self.step_loss = step_loss
         self.decoding = decoding
+        if decoding is not None and (decoding.num_steps, decoding.eta) != (num_steps, eta):
+            raise ValueError(
+                f"decoding samples with num_steps {decoding.num_steps} and eta {decoding.eta}, but "
+                f"drafts are trained for {num_steps} and {eta}"
+            )
         if at_once and decoding is not None and decoding.window > window:
             raise ValueError(f"decoding.window {decoding.window} exceeds the window of {window}")
         self.drafter: ResidualDenoiser | WindowDenoiser

@@ -39,6 +39,10 @@ class HeldOutSampling:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+        if self.num_steps < 1 or not 0 <= self.eta <= 1:
+            raise ValueError(
+                f"num_steps must be at least 1 and eta in [0, 1], got {self.num_steps}, {self.eta}"
+            )
         FixedLength(self.window)  # what it refuses is refused here
 
     def run(

@@ -109,7 +109,7 @@ def test_wrong_options_are_one_line(video: str, images: str, captions: str, tmp_
         (VideoArrays(video, num_frames=8), r"num_frames must be in 1..7, got 8"),
         (VideoArrays(video, size=9), r"the size must be in 1..8, that of the pictures, got 9"),
         (VideoArrays(images, video="image"), r"videos are \(n, F, H, W, C\), not \[5, 8, 8\]"),
-        (VideoArrays(images), r"has no array 'video': \['image', 'label'\]"),
+        (VideoArrays(images), "has no array 'video', but image, label"),
         (VideoArrays("none.npz"), "'none.npz' is no .npz file that can be read"),
         (MovingImages(images, size=6, image_size=7), "size must be at least 7, an image's, got 6"),
         (MovingImages(images, num_objects=0), "num_objects must be at least 1, got 0"),

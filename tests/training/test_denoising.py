@@ -174,6 +174,11 @@ def test_a_target_and_its_drafter_are_trained_and_then_sample(tmp_path: Path) ->
         ("digits", ["--model.init_args.class_dropout", "2"], "class_dropout must be in [0, 1]"),
         ("digits", ["--model.init_args.network.init_args.hidden_size", "30"], "not a multiple"),
         ("digits", ["--data.init_args.batch_size", "5000"], "fewer than one global batch"),
+        ("digits", ["--model.init_args.network.init_args.num_classes", "9"], "it must be 10"),
+        ("digits", ["--model.init_args.network.init_args.in_channels", "3"], "it must be 1"),
+        ("digits-residual", ["--model.init_args.network.init_args.num_times", "1"], "must be 2"),
+        ("digits-residual", ["--model.init_args.num_steps", "20"], "drafts are trained for 20"),
+        ("digits-residual", ["--model.init_args.num_steps", "2"], "num_steps must be at least 3"),
     ],
 )
 def test_wrong_options_are_one_line(
