@@ -1,0 +1,68 @@
+"""The committed diffusion model of digits and its drafters: fewer rounds, and the same law."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from specstream.drafters import FrozenEstimate
+from specstream.generation.denoising import DenoisingPipeline
+from specstream.generation.lengths import FixedLength
+from specstream.generation.media_loading import SamplerOptions, load_media_run
+from specstream.metrics import energy_test
+from specstream.structures import StateDraft, StateVerdict
+from specstream.verification.gaussian import ReflectionCoupling
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLES, STEPS, WINDOW = 200, 20, 10
+
+
+def told(seed: int) -> dict[str, Tensor]:
+    """Return a class for each sample, drawn alone: the test needs independent samples."""
+    noise = torch.Generator().manual_seed(seed)
+    return {"classes": torch.randint(10, (SAMPLES,), generator=noise)}
+
+
+@dataclass(frozen=True)
+class KeepsAll(ReflectionCoupling):
+    """A biased rule: whatever was drafted stands."""
+
+    def __call__(
+        self, draft: StateDraft, means: Tensor, stds: Tensor, uniforms: Tensor, normals: Tensor
+    ) -> StateVerdict:
+        surely = torch.full_like(uniforms, 1e-300)
+        return super().__call__(draft, means, stds, surely, normals)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Tensor:
+    options = SamplerOptions(num_steps=STEPS, batch_size=SAMPLES)
+    pipeline = load_media_run(ROOT / "checkpoints" / "digits", options, "cpu").pipeline
+    return pipeline.complete(SAMPLES, told(1), seed=1)
+
+
+def test_trained_drafts_keep_the_law_in_fewer_rounds_than_free_ones(
+    plain: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    rounds = {}
+    for run, free in (("digits-residual", None), ("digits", "estimate")):
+        options = SamplerOptions(
+            num_steps=STEPS, free_draft=free, window=WINDOW, batch_size=SAMPLES
+        )  # type: ignore[arg-type]
+        pipeline = load_media_run(f"checkpoints/{run}", options, "cpu").pipeline
+        drafted = pipeline.complete(SAMPLES, told(2), seed=2)
+        assert energy_test(drafted, plain).p_value > 0.01
+        rounds[run] = pipeline.stats.full_rounds / SAMPLES
+    assert rounds["digits-residual"] < 0.95 * rounds["digits"] < STEPS / 2
+
+
+def test_a_biased_rule_fails_the_same_test(plain: Tensor) -> None:
+    options = SamplerOptions(num_steps=STEPS)
+    target = load_media_run(ROOT / "checkpoints" / "digits", options, "cpu").pipeline.target
+    pipeline = DenoisingPipeline(
+        target, STEPS, 1.0, 1.0, FrozenEstimate(), FixedLength(STEPS - 2), KeepsAll(), SAMPLES
+    )
+    assert energy_test(pipeline.complete(SAMPLES, told(2), seed=2), plain).p_value < 0.01
