@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from specstream.files import is_hub_id, read_table
+from specstream.files import read_table
 from specstream.models.fresh import fresh_config
 from specstream.models.lora import base_of
 
@@ -68,8 +68,6 @@ def fresh_room(block: ModelBlock) -> int:
 def stored_room(block: ModelBlock) -> int | None:
     """Return the positions that a folder's config.json names; None where it does not say."""
     folder = Path(block.arguments["path"])
-    if not folder.is_dir() and not is_hub_id(str(folder)):
-        raise ValueError(f"no model folder at {str(folder)!r}")
     base = base_of(folder)
     file = (folder if base is None else Path(base)) / "config.json"
     if not file.is_file():
