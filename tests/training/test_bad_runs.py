@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,9 @@ def test_a_run_inside_the_folder_of_its_target_is_refused(tmp_path: Path) -> Non
 def test_weights_that_are_not_finite_are_not_exported(
     write_config: Write, language_model: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    language_model["init_args"]["optimizer"]["init_args"]["lr"] = 1e30
-    config = write_config("run", language_model, limit_val_batches=0)
+    wild = deepcopy(language_model)
+    wild["init_args"]["optimizer"]["init_args"]["lr"] = 1e30
+    config = write_config("run", wild, limit_val_batches=0)
     assert train(["--config", config]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("training diverged: after 4 steps there are weights that are not finite")
