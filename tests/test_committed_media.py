@@ -1,6 +1,5 @@
 """The committed diffusion model of digits and its drafters: fewer rounds, and the same law."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,7 @@ from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import FixedLength
 from specstream.generation.media_loading import SamplerOptions, load_media_run
 from specstream.metrics import energy_test
-from specstream.structures import StateDraft, StateVerdict
-from specstream.verification.gaussian import ReflectionCoupling
+from tests.denoising_toys import KeepsAll
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES, STEPS, WINDOW = 200, 20, 10
@@ -23,17 +21,6 @@ def told(seed: int) -> dict[str, Tensor]:
     """Return a class for each sample, drawn alone: the test needs independent samples."""
     noise = torch.Generator().manual_seed(seed)
     return {"classes": torch.randint(10, (SAMPLES,), generator=noise)}
-
-
-@dataclass(frozen=True)
-class KeepsAll(ReflectionCoupling):
-    """A biased rule: whatever was drafted stands."""
-
-    def __call__(
-        self, draft: StateDraft, means: Tensor, stds: Tensor, uniforms: Tensor, normals: Tensor
-    ) -> StateVerdict:
-        surely = torch.full_like(uniforms, 1e-300)
-        return super().__call__(draft, means, stds, surely, normals)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,9 @@
 
 A coupling promises the law of the plain sampler with all its steps, and takes fewer rounds for it;
 so the same rounds are given to that sampler with fewer steps, and to the deterministic one, and
-all of them are held beside data that training has not seen.  What has no law to keep is held
-beside the solution of the same noise instead: decibels at a number of rounds.
+all of them are held beside held-out data (videos composed by rule share their digits with those of
+training).  What has no law to keep is held beside the solution of the same noise instead: decibels
+at a number of rounds.
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@ from specstream.drafters.denoising import (
     StateDrafter,
     WindowDenoiser,
 )
+from specstream.drafters.loading import RECORD, read_record
 from specstream.files import one_line, replaced_folder
 from specstream.models.denoiser import Denoiser, load_denoiser
 from specstream.models.fingerprint import fingerprint
 from specstream.models.patch_transformer import PatchTransformer
 
-RECORD = "specstream.json"
 WEIGHTS = "draft.safetensors"
 
 
@@ -43,16 +43,6 @@ def save_state_drafter(folder: Path, drafter: StateDrafter, target: Denoiser) ->
         (new / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def read_state_record(folder: Path) -> dict[str, Any]:
-    """Return the record of a drafter's folder; ValueError in one line when it is not one."""
-    try:
-        record = json.loads((folder / RECORD).read_text())
-        record["drafter"]["class_path"], record["target"]["path"]  # what every reader needs
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"'{folder}' holds no drafter of denoising steps: {error}") from error
-    return dict(record)
-
-
 def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) -> StateDrafter:
     """Build the drafter of `folder` for `target`; ValueError for another one's or damaged files.
 
@@ -60,7 +50,7 @@ def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) ->
     """
     from safetensors.torch import load_file
 
-    record = read_state_record(folder)
+    record = read_record(folder)
     kind = str(record["drafter"]["class_path"]).rpartition(".")[2]
     drafter: StateDrafter
     known = [made.__name__ for made in (IndependentDenoiser, ResidualDenoiser, WindowDenoiser)]

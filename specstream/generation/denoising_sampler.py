@@ -150,7 +150,7 @@ class DenoisingSampler(ABC):
             self.stats.draft_calls += any(wanted)
             index = torch.tensor(active, device=context.steps.device)
             kept = self._round(context, index, wanted, noise)
-            counts = kept.tolist()  # the one wait for the device in a round
+            counts = kept.tolist()  # the host waits here, and where rows are picked for the target
             for row, length, count in zip(active, wanted, counts, strict=True):
                 rows[row].record(min(count + 1, length), count)
                 steps[row] += count + 1

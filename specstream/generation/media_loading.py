@@ -18,7 +18,8 @@ from specstream.drafters.denoising import (
     StateDrafter,
     WindowDenoiser,
 )
-from specstream.drafters.state_loading import load_state_drafter, read_state_record
+from specstream.drafters.loading import read_record
+from specstream.drafters.state_loading import load_state_drafter
 from specstream.generation.accept_by_error import AcceptByErrorPipeline
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
@@ -114,7 +115,7 @@ def is_media_run(run: str | Path) -> bool:
     if (folder / "model" / FORM).is_file() or (folder / FORM).is_file():
         return True
     try:
-        target = read_state_record(folder / "draft")["target"]["path"]
+        target = read_record(folder / "draft")["target"]["path"]
     except ValueError:
         return False
     return (Path(str(target)) / FORM).is_file()
@@ -133,7 +134,7 @@ def load_media_run(
     if draft.is_dir():
         if options.free_draft is not None:
             raise ValueError(f"'{run}' has a trained drafter: free_draft is for a target alone")
-        path = str(read_state_record(draft)["target"]["path"])
+        path = str(read_record(draft)["target"]["path"])
         target = load_denoiser(path, place)
         drafter = load_state_drafter(draft, target, options.guidance)
     else:

@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from specstream.processors import TextProcessor
+from specstream.sampling import Noise
 from specstream.training.optimization import (
     Schedule,
     WarmupCosine,
@@ -35,6 +36,7 @@ from specstream.training.optimization import (
 )
 
 Batch = Mapping[str, Tensor]
+VALIDATION = -1  # stands for the epoch: validation draws the same noise every time
 OPTIMIZED = "optimized_weights"  # key in checkpoints whose `state_dict` is a moving average
 
 
@@ -85,6 +87,11 @@ class SummedLossModule(L.LightningModule, ABC):
     @abstractmethod
     def export(self, run: Path, processor: TextProcessor) -> Path:
         """Write what generation loads into the run folder; returns the folder written."""
+
+    def epoch_noise(self) -> Noise:
+        """Return the noise of this epoch, or of validation; its keys are what rows hold."""
+        epoch = self.current_epoch if self.training else VALIDATION
+        return Noise(self.run_seed * 1_000_003 + epoch, self.device)
 
     def training_loss(self, batch: Batch, batch_idx: int) -> LossSum:
         """Return the loss to train on; a subclass may change the batch first."""

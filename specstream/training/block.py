@@ -41,8 +41,6 @@ from specstream.training.draft_module import DraftModule, check_single_places
 from specstream.training.language_modeling import layout, row_keys
 from specstream.training.optimization import Schedule
 
-VALIDATION = -1  # stands for the epoch: validation looks at the same blocks every time
-
 
 class PositionWeights(ABC):
     """How much each position of a block counts: an error hides all that comes after it."""
@@ -179,7 +177,7 @@ class BlockModule(DraftModule):
         tokens = batch["input_ids"]
         with torch.no_grad():
             hidden, features = read(target, tokens, *layout(batch), drafter.feature_layers)
-        blocks = sample_blocks(batch, self.num_anchors, drafter.max_tokens, self._coins())
+        blocks = sample_blocks(batch, self.num_anchors, drafter.max_tokens, self.epoch_noise())
         inside, places = blocks.inside, blocks.places[blocks.inside]  # (B, A, K), (N,)
         rows = torch.arange(len(tokens), device=tokens.device)[:, None, None]
         rows = rows.expand_as(inside)[inside]
@@ -205,10 +203,6 @@ class BlockModule(DraftModule):
             total = total + self.confidence_weight * surprise
             metrics["confidence_error"] = (said.detach().sigmoid() - stands).abs().sum()
         return LossSum(total, inside.sum(), metrics)
-
-    def _coins(self) -> Noise:
-        epoch = self.current_epoch if self.training else VALIDATION
-        return Noise(self.run_seed * 1_000_003 + epoch, self.device)
 
 
 def block_states(drafter: BlockDrafter, batch: Batch, features: Tensor, blocks: Blocks) -> Tensor:

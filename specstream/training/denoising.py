@@ -30,8 +30,6 @@ from specstream.training.optimization import Schedule
 from specstream.training.sampling import HeldOutSampling
 from specstream.transitions import Prediction, data_estimate, network_output
 
-VALIDATION = -1  # stands for the epoch: validation draws the same noise every time
-
 
 def condition_of(batch: Batch) -> dict[str, Tensor]:
     """Return what a batch says of its rows, by the name a network knows it by."""
@@ -85,7 +83,7 @@ class DenoisingModule(SummedLossModule):
             )
 
     def loss(self, batch: Batch) -> LossSum:
-        states, noise = batch["states"], self._noise()
+        states, noise = batch["states"], self.epoch_noise()
         keys = batch["keys"]
         element = torch.zeros_like(keys)[:, None]
         uniforms = noise.uniform(keys, element, Role.MASK)[:, 0]
@@ -124,11 +122,6 @@ class DenoisingModule(SummedLossModule):
             rows = hidden.view(-1, *[1] * (value.dim() - 1))
             condition[name] = torch.where(rows, nothing, value)
         return condition
-
-    def _noise(self) -> Noise:
-        """Return the noise of this epoch, or of validation; keyed by the samples' numbers."""
-        epoch = self.current_epoch if self.training else VALIDATION
-        return Noise(self.run_seed * 1_000_003 + epoch + 1, self.device)
 
     def export(self, run: Path, processor: MediaProcessor) -> Path:  # type: ignore[override]
         if self.target is None:

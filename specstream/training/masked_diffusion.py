@@ -30,7 +30,7 @@ from specstream.models.pretrained_masked import (
     noised_and_clean_mask,
 )
 from specstream.processors import TextProcessor
-from specstream.sampling import Noise, Role
+from specstream.sampling import Role
 from specstream.training.base import Batch, LossSum, SummedLossModule
 from specstream.training.canvas import (
     HiddenRows,
@@ -49,7 +49,6 @@ from specstream.training.optimization import Schedule
 from specstream.training.sharding import train_in_float32
 
 LOWEST = -1e30  # of a logit: none at any temperature, and finite over the lowest one
-VALIDATION = -1  # stands for the epoch: validation hides the same tokens every time
 
 
 class MaskedDiffusionModule(SummedLossModule):
@@ -182,7 +181,7 @@ class MaskedDiffusionModule(SummedLossModule):
     def hidden_rows(self, batch: Batch) -> HiddenRows:
         """Return the batch as the model is shown it in this step."""
         assert self.model is not None
-        noise = self._noise()
+        noise = self.epoch_noise()
         number = torch.full((1,), self.batch_number, device=self.device)
         start = noise.uniform(number, number, Role.ORDER)[0].float()
         world, rank = (self.trainer.world_size, self.trainer.global_rank)
@@ -201,7 +200,7 @@ class MaskedDiffusionModule(SummedLossModule):
         block = self.model.block_length
         if block is None:
             return rows, rows.tokens
-        here, num_blocks = one_block(batch, block, self._noise())
+        here, num_blocks = one_block(batch, block, self.epoch_noise())
         copies = len(rows.tokens) // len(here)
         here, num_blocks = here.repeat(copies, 1), num_blocks.repeat(copies)
         blocks = (batch["positions"] // block).repeat(copies, 1)
@@ -211,10 +210,6 @@ class MaskedDiffusionModule(SummedLossModule):
         seen = torch.where(here, rows.tokens, clean).masked_fill(later, self.target.mask_id)
         weights = rows.weights * num_blocks[:, None]  # as if every block had been asked
         return replace(rows, asked=rows.asked & here, weights=weights), seen
-
-    def _noise(self) -> Noise:
-        epoch = self.current_epoch if self.training else VALIDATION
-        return Noise(self.run_seed * 1_000_003 + epoch, self.device)
 
     def drafter(self) -> MaskedDraftModel:
         """Return the model, as it is trained now, as the drafter of its target."""

@@ -32,7 +32,7 @@ from specstream.models.patch_transformer import PatchTransformer
 from specstream.sampling import Noise, Role
 from specstream.structures import StateContext
 from specstream.training.base import Batch, LossSum, SummedLossModule
-from specstream.training.denoising import VALIDATION, check_network, condition_of
+from specstream.training.denoising import check_network, condition_of
 from specstream.training.optimization import Schedule
 from specstream.training.sampling import HeldOutSampling
 from specstream.transitions import StepGrid, estimate_weights, step_stds, transition
@@ -144,7 +144,7 @@ class ResidualModule(SummedLossModule):
 
     def loss(self, batch: Batch) -> LossSum:
         grid = self.grid.to(self.device)
-        noise = self._noise()
+        noise = self.epoch_noise()
         keys = batch["keys"]
         condition = condition_of(batch)
         with torch.no_grad():
@@ -221,11 +221,6 @@ class ResidualModule(SummedLossModule):
         longest = (last - starts).clamp(max=self.window)
         steps = starts + 1 + (second * longest).long().clamp(max=longest - 1)
         return starts.T, steps.T
-
-    def _noise(self) -> Noise:
-        """Return the noise of this epoch, or of validation; keyed by the samples' numbers."""
-        epoch = self.current_epoch if self.training else VALIDATION
-        return Noise(self.run_seed * 1_000_003 + epoch + 1, self.device)
 
     def export(self, run: Path, processor: MediaProcessor) -> Path:  # type: ignore[override]
         folder = run / "draft"

@@ -41,7 +41,6 @@ from specstream.training.canvas import padded
 from specstream.training.draft_module import check_apart
 from specstream.training.language_modeling import check_row_length, row_keys
 from specstream.training.masked_diffusion import (
-    VALIDATION,
     check_masked,
     full_states,
     take_mask_token,
@@ -102,7 +101,7 @@ class SelfSpeculativeModule(SummedLossModule):
             eos = self.trainer.datamodule.tokenizer.eos_token_id  # type: ignore[attr-defined]
             batch = padded(batch, eos)
         tokens, count = batch["input_ids"], batch["loss_mask"].sum()
-        masks = sample_masks(batch, self._noise())
+        masks = sample_masks(batch, self.epoch_noise())
         if not len(masks.scored):
             return LossSum(sum(p.sum() for p in head.parameters()) * torch.zeros_like(count), count)
         real = masks.real
@@ -128,10 +127,6 @@ class SelfSpeculativeModule(SummedLossModule):
             "nll_bound": (masks.bound_weights()[real] * measures[:, 0]).sum(),
         }
         return LossSum(total, count, metrics)
-
-    def _noise(self) -> Noise:
-        epoch = self.current_epoch if self.training else VALIDATION
-        return Noise(self.run_seed * 1_000_003 + epoch, self.device)
 
     def export(self, run: Path, processor: TextProcessor) -> Path:
         """Write `draft/`: the head and the name of its trunk."""

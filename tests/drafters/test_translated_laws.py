@@ -26,4 +26,5 @@ def test_a_rule_that_compares_laws_is_refused_where_there_is_none(lm: shared.Get
 def test_laws_are_compared_where_both_models_have_the_same_tokens(lm: shared.Get) -> None:
     target = lm("pairs")
     drafter = TranslatedDrafter(target, lambda: lm("pairs", 4))
-    DualDiffusionPipeline(target, drafter, shared.processor_of(target), KLThreshold(0.5))
+    pipeline = DualDiffusionPipeline(target, drafter, shared.processor_of(target), KLThreshold(0.5))
+    assert drafter.reports_law and pipeline.verifier.needs_draft_law

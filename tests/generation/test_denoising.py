@@ -1,7 +1,5 @@
 """Sampling with verified drafts: the law of the plain sampler, whatever drafts."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,10 +16,9 @@ from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import FixedLength
 from specstream.metrics import energy_test
 from specstream.models import Denoiser, FlowSchedule, PatchTransformer
-from specstream.structures import StateDraft, StateVerdict
 from specstream.transitions import Prediction
 from specstream.verification.gaussian import ReflectionCoupling
-from tests.denoising_toys import counts_of, gaussian_model
+from tests.denoising_toys import KeepsAll, counts_of, gaussian_model
 
 SHAPE = (3,)
 STEPS = 12
@@ -70,17 +67,6 @@ def awake(in_channels: int, out_channels: int, num_times: int, seed: int) -> Pat
     for weight in (network.write.weight, network.last_scale.weight):
         torch.nn.init.normal_(weight, std=0.2)
     return network
-
-
-@dataclass(frozen=True)
-class KeepsAll(ReflectionCoupling):
-    """A biased rule that says it is exact: whatever was drafted stands."""
-
-    def __call__(
-        self, draft: StateDraft, means: Tensor, stds: Tensor, uniforms: Tensor, normals: Tensor
-    ) -> StateVerdict:
-        surely = torch.full_like(uniforms, 1e-300)
-        return super().__call__(draft, means, stds, surely, normals)
 
 
 @pytest.mark.parametrize(

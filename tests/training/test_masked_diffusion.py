@@ -300,7 +300,7 @@ def test_a_block_drafter_learns_what_the_target_says_of_one_block_before_masks(
     assert trained.target is not None and trained.target.block_length is None
     found = trained.loss(data)
     rows, total = trained.hidden_rows(data), torch.zeros(())
-    which, _ = one_block(data, BLOCK, trained._noise())
+    which, _ = one_block(data, BLOCK, trained.epoch_noise())
     for row in range(len(rows.tokens)):
         source = row % 4
         clean, start = data["input_ids"][source], int(which[source].nonzero()[0])

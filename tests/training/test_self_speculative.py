@@ -67,7 +67,7 @@ def packed() -> dict[str, Tensor]:
 
 
 def noise_of(trained: SelfSpeculativeModule) -> Noise:
-    return trained._noise()
+    return trained.epoch_noise()
 
 
 def by_hand(

@@ -1,26 +1,15 @@
 """The reflection coupling: its output's law is the target's, and it keeps as much as can be."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
 
-from specstream.structures import StateDraft, StateVerdict
+from specstream.structures import StateDraft
 from specstream.verification.gaussian import ReflectionCoupling, StateVerifier, step_acceptance
+from tests.denoising_toys import KeepsAll
 
 ROWS = 400_000
 STD = 0.7
-
-
-@dataclass(frozen=True)
-class KeepsAll(StateVerifier):
-    """A biased rule: whatever was drafted stands."""
-
-    def __call__(
-        self, draft: StateDraft, means: Tensor, stds: Tensor, uniforms: Tensor, normals: Tensor
-    ) -> StateVerdict:
-        return StateVerdict(torch.ones_like(uniforms, dtype=torch.bool), normals)
 
 
 def coupled(rule: StateVerifier, distance: float) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,10 @@ def generate_media(run: MediaRun, options: Options) -> int:
     run.processor.write(run.media(first), path)
     stats = replace(run.pipeline.stats, modality=run.processor.kind)
     if run.told is not None:
-        stats.quantized = dict(run.told.quantized)
+        stats.quantized = dict(run.told.memory)
+        for role, made in run.told.memory.items():
+            if "reason" in made:
+                say(f"{role}: not quantised: {made['reason']}")
     for line in refinement_report(stats) if refines else media_report(stats):
         say(line)
     say(f"wrote {path}")
