@@ -2,14 +2,15 @@
 
 Reading order: base (what a loss is), language_modeling, draft_module, distillation; streaming,
 medusa, eagle and block train what lives on the target's states; decoding and on_policy beside
-them; then what surrounds a run: run_folder, checkpoints, averaging, history, wandb_run,
-provenance; command is the body of train.py.
+them; then what surrounds a run: run_folder, checkpoints, averaging, compilation, history,
+wandb_run, provenance; command is the body of train.py.
 """
 
 from specstream.training.averaging import WeightAveraging
 from specstream.training.base import LossSum, SummedLossModule
 from specstream.training.block import AcceptedLengthWeights, BlockModule, ExponentialDecay
 from specstream.training.certainty import Certainty
+from specstream.training.compilation import CompileLayers
 from specstream.training.decoding import HeldOutDecoding
 from specstream.training.denoising import DenoisingModule
 from specstream.training.distillation import DistillationModule
@@ -30,6 +31,7 @@ __all__ = [
     "AcceptedLengthWeights",
     "BlockModule",
     "Certainty",
+    "CompileLayers",
     "ConstantRate",
     "DenoisingModule",
     "DistillationModule",
