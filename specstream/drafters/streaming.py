@@ -14,6 +14,7 @@ Two modes.  `shared`: streams and target were tuned together (one low-rank adapt
 into the target), and the streams use the target's layers as they are.  `lossless`: the target is
 frozen, and adapters act on the streams' positions only; they live in copies of the upper layers
 that share the target's weights, so the target's own output is what it would be without streams.
+Once they are no longer trained, decoding has them folded into weights of the streams' own.
 
 Shapes: B rows, T nodes, M nodes kept, R streams, D hidden, V vocabulary.
 """
@@ -35,7 +36,12 @@ from specstream.drafters.static_tree import StaticTree, product_paths
 from specstream.drafters.stored import read_tensors, write_tensors
 from specstream.models.cache import NodeTree
 from specstream.models.compilation import compile_shapes
-from specstream.models.lora import adapter_parameters, add_adapters, shared_copies
+from specstream.models.lora import (
+    adapter_parameters,
+    add_adapters,
+    shared_copies,
+    split_copies,
+)
 from specstream.models.pretrained_lm import PretrainedLM
 from specstream.models.walk import Rider
 from specstream.processors import TextProcessor
@@ -139,6 +145,7 @@ class SpeculativeStreaming(Drafter):
             self.embeddings = nn.Parameter(torch.randn(num_streams, size) * 0.02)
             self.early_exit = EarlyExit(size)
         self.copies: nn.ModuleList | None = None
+        self.folded: nn.ModuleList | None = None  # what decodes in their place
         self.seated: int | None = None  # nodes before the first rider, while the copies run
         if mode == "lossless":
             self.copies = shared_copies(list(target.decoder.layers)[self.first_layer :])
@@ -197,12 +204,21 @@ class SpeculativeStreaming(Drafter):
     # What a rider is (models/walk.py)
 
     def attach(self) -> Rider:
+        if self.copies is not None and self.folded is None and not self.training:
+            layers = list(self.target.decoder.layers)[self.first_layer :]
+            self.folded = split_copies(layers, self.copies, self._own_states)
         return self
+
+    def train(self, mode: bool = True) -> SpeculativeStreaming:
+        """Switch to training or decoding; what was folded is forgotten, because weights change."""
+        self.folded = None
+        return super().train(mode)
 
     @property
     def upper_layers(self) -> Sequence[nn.Module] | None:
         """The layers in which the streams ride, if not the target's own."""
-        return None if self.copies is None else list(self.copies)
+        found = self.copies if self.folded is None else self.folded
+        return None if found is None else list(found)
 
     def board(self, hidden: Tensor) -> Tensor:
         """Return the riders (..., R, D) of nodes with states (..., D) below the upper layers."""
@@ -233,11 +249,16 @@ class SpeculativeStreaming(Drafter):
         best = (chances - 1e-9 * order).topk(self.kept_nodes + 1, 1).indices
         return best.sort(1).values
 
+    def _own_states(self) -> int:
+        """Return how many states of the pass are the target's own."""
+        assert self.seated is not None, "the copies run with riders only"
+        return self.seated
+
     def _only_on_riders(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """Take an adapter's addition away from the target's own states."""
-        assert self.seated is not None, "the copies run with riders only"
-        own = torch.zeros_like(output[:, : self.seated])
-        return torch.cat([own, output[:, self.seated :]], 1)
+        count = self._own_states()
+        own = torch.zeros_like(output[:, :count])
+        return torch.cat([own, output[:, count:]], 1)
 
     # What is trained, counted, stored
 

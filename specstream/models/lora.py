@@ -1,5 +1,8 @@
 """Low-rank adapters through peft: on a model's own layers, or on copies that share its weights.
 
+Copies whose adapters serve some of the states only are decoded with the adapters folded into a
+second weight (`split_copies`): two products for each projection, where the adapters take four.
+
 A model that was tuned by an adapter can be kept as the adapter alone, in a folder in peft's format
 that names its base: a fraction of the model's size.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -65,6 +68,44 @@ def add_adapters(layers: nn.Module, rank: int, alpha: float, seed: int) -> list[
 def adapter_parameters(layers: nn.Module) -> dict[str, Tensor]:
     """Return the adapters' parameters by name."""
     return {name: p for name, p in layers.named_parameters() if f".{ADAPTER}." in name}
+
+
+class SplitProjection(nn.Module):
+    """One projection for the first `count()` states of a sequence, another for those after them."""
+
+    def __init__(self, own: nn.Module, tuned: nn.Module, count: Callable[[], int]) -> None:
+        super().__init__()
+        self.own, self.tuned, self.count = own, tuned, count
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return the projected states (B, T, ...)."""
+        count = self.count()
+        first, rest = states[:, :count].contiguous(), states[:, count:].contiguous()
+        return torch.cat([self.own(first), self.tuned(rest)], 1)
+
+
+@torch.no_grad()
+def split_copies(
+    layers: Sequence[nn.Module], adapted: nn.ModuleList, count: Callable[[], int]
+) -> nn.ModuleList:
+    """Return copies of `layers` in which the adapters of `adapted` act after `count()` states.
+
+    The first states meet the very weights of `layers`, the others those weights with the adapters
+    added in, which are summed in float64 and rounded once.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    copies = shared_copies(layers)
+    for name, module in adapted.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        own = copies.get_submodule(name)
+        tuned = copy.deepcopy(own)
+        weight, added = own.weight.double(), module.get_delta_weight(ADAPTER).double()
+        tuned.weight.copy_(weight + added)
+        parent, _, child = name.rpartition(".")
+        setattr(copies.get_submodule(parent), child, SplitProjection(own, tuned, count))
+    return copies.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -123,7 +123,8 @@ def riding(drafter: SpeculativeStreaming, prompt: list[int], nodes: list[int]) -
     width = len(nodes) + 1
     tree = NodeTree(torch.arange(width)[None], torch.ones(1, width, width).tril().bool())
     real = torch.tensor([width])
-    seen = walk(target, tokens[:, len(prompt) - 1 :], start, cache, 256, tree, (), drafter, real)
+    rider = drafter.attach()
+    seen = walk(target, tokens[:, len(prompt) - 1 :], start, cache, 256, tree, (), rider, real)
     cache = target.new_cache(1, 256)
     return seen, target.extend(tokens, torch.tensor([0]), cache, 256)[:, len(prompt) - 1 :]
 
@@ -136,6 +137,20 @@ def test_in_lossless_mode_streams_leave_the_targets_logits_as_they_are(architect
     without = streams(drafter.target, mode="shared")
     bare, _ = riding(without, PROMPTS[0], [5, 6])
     assert (seen.riders - bare.riders).abs().max() > 1e-2, "the adapters act on the streams"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_folded_adapters_give_the_streams_that_adapters_give(architecture: str) -> None:
+    drafter = streams(frozen(architecture))
+    folded, _ = riding(drafter, PROMPTS[0], [5, 6])
+    assert drafter.folded is not None
+    drafter.train()
+    assert drafter.copies is not None
+    drafter.copies.eval()  # without dropout
+    adapted, _ = riding(drafter, PROMPTS[0], [5, 6])
+    assert drafter.folded is None, "weights that change are not folded"
+    torch.testing.assert_close(folded.riders, adapted.riders, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(folded.logits, adapted.logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
