@@ -250,6 +250,9 @@ class Stats:
     # passes of the whole target over one row: copies of a row in one call count each
     full_passes: float | None = None
     quantized: dict[str, object] = field(default_factory=dict)  # what torchao converted, by role
+    # of drafting, as measured costs predict it: its seconds over those of plain sampling
+    predicted_ratio: float | None = None
+    predicted_at: float | None = None  # the acceptance that this supposes
 
     @property
     def acceptance(self) -> float | None:
@@ -296,6 +299,8 @@ class Stats:
             "seconds": self.seconds,
             "elements_per_second": self.elements / self.seconds if self.seconds else None,
             "quantized": self.quantized,
+            "predicted_ratio": self.predicted_ratio,
+            "predicted_at": self.predicted_at,
         }
 
 

@@ -1,6 +1,7 @@
 """generate.py on a diffusion model: the files it writes, what it compares, and what it refuses."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,26 @@ def test_samples_lie_side_by_side_in_a_png(image_run: Path, tmp_path: Path) -> N
     assert found["elements"] == 24 and found["target_calls"] <= 6
 
 
+@pytest.mark.parametrize("cost, drafts", [(1.0, False), (0.01, True)])
+def test_a_window_chosen_by_costs_says_what_drafting_would_take(
+    cost: float, drafts: bool, image_run: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    def seconds(passes: Sequence[Callable[[], object]]) -> list[float]:
+        assert len(passes) == 1 + 2 * 4  # a plain round; 2, 4, 6 and 8 steps
+        return [1.0, *(part for k in (2, 4, 6, 8) for part in (1 + k * cost, 0.0))]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("specstream.generation.drafting_sampler.fastest", seconds)
+    output, stats = tmp_path / "x.png", tmp_path / "stats.json"
+    arguments = ["--run", str(image_run), "--prompt", "a", "--output", str(output)]
+    arguments += ["--media.free_draft", "estimate", "--media.window", "auto"]
+    assert generate([*arguments, "--media.steps", "12", "--stats", str(stats)]) == 0
+    shown, found = capsys.readouterr().err, json.loads(stats.read_text())
+    assert (found["draft_calls"] > 0) == drafts == (found["predicted_ratio"] < 1)
+    refusal = "drafting would take 1.00 times as long here if 100% of drafts stood: not drafted"
+    assert (refusal in shown) != drafts and ("steps drafted a round; drafting" in shown) == drafts
+
+
 def test_compare_writes_the_plain_samples_beside(draft_run: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "x.png"
     arguments = ["--run", str(draft_run), "--prompt", "a", "--output", str(output)]
@@ -96,6 +117,11 @@ def test_videos_and_sounds_are_written_as_files_that_open(
         (["--prompt", "a", "--temperature", "1"], "temperature: is for text"),
         (["--prompt", "a", "--media.eta", "0", "--media.free_draft", "estimate"], "eta 0 is a det"),
         (["--prompt", "a", "--media.window", "4"], "nothing drafts here: give a free_draft"),
+        (["--prompt", "a", "--media.window", "auto"], "nothing drafts here: give a free_draft"),
+        (
+            ["--prompt", "a", "--media.sampler", "picard", "--media.window", "auto"],
+            "window auto is for drafted steps; picard's window is a number",
+        ),
         (["--prompt", "a", "--compare", "true"], "this is the plain target already"),
         (["--prompt", "a", "--media.steps", "0"], "media.steps must be in 1..10000, got 0"),
         (["--media.draft_steps", "2", "--media.window", "3"], "media.window is for drafted steps"),

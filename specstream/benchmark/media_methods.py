@@ -18,11 +18,11 @@ from specstream.benchmark.pair import draft_folder
 from specstream.benchmark.runners import Runner
 from specstream.drafters import StateDrafter, WindowDenoiser
 from specstream.drafters.state_loading import RECORD, load_state_drafter
-from specstream.generation import FixedLength
+from specstream.generation import DraftLength
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.loading import find_device
-from specstream.generation.media_loading import free_drafter
+from specstream.generation.media_loading import Window, drafted_lengths, free_drafter
 from specstream.generation.solvers import Solver, SolverPipeline
 from specstream.media_processor import load_media_processor
 from specstream.models.denoiser import load_denoiser
@@ -97,7 +97,7 @@ class MediaModels:
         )
 
     def drafted(
-        self, setting: MediaSetting, drafter: StateDrafter, window: int
+        self, setting: MediaSetting, drafter: StateDrafter, lengths: DraftLength
     ) -> DenoisingPipeline:
         """Return the sampler that verifies drafted steps exactly."""
         return DenoisingPipeline(
@@ -106,7 +106,7 @@ class MediaModels:
             setting.eta,
             guidance=setting.guidance,
             drafter=drafter,
-            lengths=FixedLength(window),
+            lengths=lengths,
             batch_size=setting.batch_size,
         )
 
@@ -243,20 +243,20 @@ class FreeDraft(DraftedSteps):
     Args:
         name: what the table calls it.
         draft: the target's last "estimate" of the data, or its last "velocity".
-        window: steps that are drafted in a round, at most.
+        window: steps that are drafted in a round, at most; auto: measured costs choose.
         tasks: names of the tasks it is for; null for all.
     """
 
     name: str
     draft: Literal["estimate", "velocity"] = "estimate"
-    window: int = 8
+    window: Window = 8
     tasks: list[str] | None = None
     kind = "free draft"
 
     def pipeline(self, models: MediaModels, setting: MediaSetting) -> DenoisingSampler:
         drafter = free_drafter(self.draft, models.target)
         assert drafter is not None
-        return models.drafted(setting, drafter, self.window)
+        return models.drafted(setting, drafter, drafted_lengths(drafter, self.window))
 
 
 @dataclass(frozen=True)
@@ -266,13 +266,13 @@ class TrainedDraft(DraftedSteps):
     Args:
         name: what the table calls it.
         run: a run folder, or its draft/.
-        window: steps that are drafted in a round, at most.
+        window: steps that are drafted in a round, at most; auto: measured costs choose.
         tasks: names of the tasks it is for; null for all.
     """
 
     name: str
     run: str
-    window: int = 8
+    window: Window = 8
     tasks: list[str] | None = None
     kind = "trained draft"
 
@@ -285,12 +285,13 @@ class TrainedDraft(DraftedSteps):
 
     def pipeline(self, models: MediaModels, setting: MediaSetting) -> DenoisingSampler:
         drafter = models.drafter(self.run, setting.guidance)
-        if isinstance(drafter, WindowDenoiser) and self.window > drafter.num_steps:
+        given = 0 if self.window == "auto" else self.window
+        if isinstance(drafter, WindowDenoiser) and given > drafter.num_steps:
             raise ValueError(
                 f"method '{self.name}': the drafter of '{self.run}' guesses {drafter.num_steps} "
-                f"steps at once, not {self.window}"
+                f"steps at once, not {given}"
             )
-        return models.drafted(setting, drafter, self.window)
+        return models.drafted(setting, drafter, drafted_lengths(drafter, self.window))
 
 
 def draft_passes(pipeline: DenoisingSampler) -> float:

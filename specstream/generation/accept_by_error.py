@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specstream.generation.denoising_sampler import DenoisingSampler
-from specstream.generation.lengths import DraftLength, FixedLength
+from specstream.generation.drafting_sampler import DraftingSampler
+from specstream.generation.lengths import DraftLength, FixedLength, StepCosts
 from specstream.generation.solvers import straight_places
 from specstream.models.denoiser import Denoiser
 from specstream.sampling import Noise
@@ -42,9 +42,10 @@ class VelocityDraft:
 
     velocities: Tensor  # (R, K, *S)
     states: Tensor  # (R, K+1, *S) the first is the row's own
+    lengths: Tensor  # (R,) how many of the K are real in each row
 
 
-class AcceptByErrorPipeline(DenoisingSampler):
+class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
     """Draws samples of the deterministic sampler in fewer rounds, with a bounded error.
 
     Args:
@@ -57,6 +58,7 @@ class AcceptByErrorPipeline(DenoisingSampler):
         guidance: weight of the condition (Ho and Salimans 2022); 1 is none.
         lengths: how many steps to draft, at most; None: 8.
         batch_size: samples drawn together; the result does not depend on it.
+        costs: for `lengths` that are chosen by costs; None: measured at the first run, and kept.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class AcceptByErrorPipeline(DenoisingSampler):
         guidance: float = 1.0,
         lengths: DraftLength | None = None,
         batch_size: int = 16,
+        costs: StepCosts | None = None,
     ) -> None:
         if not tolerance >= 0:
             raise ValueError(f"tolerance must be at least 0, got {tolerance}")
@@ -78,7 +81,7 @@ class AcceptByErrorPipeline(DenoisingSampler):
         self.order = order
         self.retake = retake
         lengths = lengths or FixedLength(8)
-        super().__init__(target, num_steps, 0.0, guidance, lengths, batch_size)
+        super().__init__(target, num_steps, 0.0, guidance, lengths, batch_size, costs)
         self.places = straight_places(self.grid)
         self._slopes = torch.empty(0)  # (B, *S) of the velocity, at the last that was verified
 
@@ -97,18 +100,24 @@ class AcceptByErrorPipeline(DenoisingSampler):
         self._slopes = torch.zeros_like(context.states)
         return context
 
-    def _round(
-        self, context: StateContext, index: Tensor, wanted: Sequence[int], noise: Noise
+    @property
+    def drafter_parts(self) -> tuple[object, ...]:
+        return self.order, self.retake
+
+    def _judge(
+        self,
+        context: StateContext,
+        part: StateContext,
+        index: Tensor,
+        draft: VelocityDraft,
+        noise: Noise,
     ) -> Tensor:
-        part = context.rows(index)
-        lengths = torch.tensor(wanted, device=part.steps.device)
-        draft = self._propose(part, self._slopes[index], max(wanted))
-        estimates = self._evaluate(part, draft.states, lengths)
+        estimates = self._evaluate(part, draft.states, draft.lengths)
         steps = self._steps(part, draft.states.shape[1])  # (R, K+1)
         flat = (estimates.flatten(0, 1), draft.states.flatten(0, 1), steps.flatten())
         velocities = self._velocity(*flat).view_as(estimates)
         errors = (draft.velocities - velocities[:, :-1]).flatten(2).double().square().mean(-1)
-        real = torch.arange(max(wanted), device=steps.device) < lengths[:, None]
+        real = torch.arange(errors.shape[1], device=steps.device) < draft.lengths[:, None]
         counts = ((errors <= self.tolerance) & real).long().cumprod(1).sum(1)
         rows = torch.arange(len(index), device=index.device)
         if self.retake:
@@ -130,17 +139,20 @@ class AcceptByErrorPipeline(DenoisingSampler):
         alphas, sigmas = self.grid.alphas[steps], self.grid.sigmas[steps]
         return network_output(estimates, states, alphas, sigmas, Prediction.FLOW)
 
-    def _propose(self, part: StateContext, slopes: Tensor, num_steps: int) -> VelocityDraft:
-        """Guess the velocities of the next `num_steps` steps, and take these steps."""
-        seen = part.seen_steps.clamp(min=0)
+    def _propose(
+        self, part: StateContext, index: Tensor, wanted: Sequence[int], noise: Noise
+    ) -> VelocityDraft:
+        """Guess the velocities of the next steps, and take these steps."""
+        lengths = torch.tensor(wanted, device=part.steps.device)
+        slopes, seen = self._slopes[index], part.seen_steps.clamp(min=0)
         last = self._velocity(part.estimates, part.seen, seen)
         guesses, states = [], [part.states]
-        for steps in self._steps(part, num_steps).unbind(1):
+        for steps in self._steps(part, max(wanted)).unbind(1):
             guess = last + wide(self.places[steps] - self.places[seen], last) * slopes
             states.append(self._step(guess, states[-1], steps))
             guesses.append(guess)
         drafted = torch.stack(guesses, 1) if guesses else part.states[:, None][:, :0]
-        return VelocityDraft(drafted, torch.stack(states, 1))
+        return VelocityDraft(drafted, torch.stack(states, 1), lengths)
 
     def _retake(self, part: StateContext, velocities: Tensor, estimates: Tensor) -> Tensor:
         """Return the states (R, K+1, *S) that the target's velocities (R, K+1, *S) lead to.

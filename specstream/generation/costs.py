@@ -17,7 +17,7 @@ import torch
 
 from specstream.files import write_whole
 from specstream.generation.batch import Batch
-from specstream.generation.lengths import StepCosts
+from specstream.generation.lengths import DraftLength, StepCosts
 from specstream.generation.target_pass import observation, pad_draft
 from specstream.sampling import Noise
 from specstream.structures import Stats
@@ -94,21 +94,33 @@ def measure_costs(pipeline: SpeculativePipeline) -> StepCosts:
         passes.append(lambda d=made: pipeline.verify(context, cache, d, noise, riding=True))
         passes.append(lambda w=wanted: pipeline.draft(context, state, w, noise))
     plain, *others = fastest(passes)
-    verify, draft = [plain] * (top + 1), [0.0] * (top + 1)
-    for k, spent, drafting in zip(pipeline.lengths.choices, others[::2], others[1::2], strict=True):
-        verify[k], draft[k] = spent, drafting
-    return StepCosts(plain, tuple(verify), tuple(draft))
+    return cost_table(plain, pipeline.lengths, others[::2], others[1::2])
+
+
+def cost_table(
+    plain: float, lengths: DraftLength, verify: Sequence[float], draft: Sequence[float]
+) -> StepCosts:
+    """Put what was measured for the lengths that may be chosen where they are looked for."""
+    verifying = [plain] * (lengths.max_tokens + 1)
+    drafting = [0.0] * (lengths.max_tokens + 1)
+    for k, spent, made in zip(lengths.choices, verify, draft, strict=True):
+        verifying[k], drafting[k] = spent, made
+    return StepCosts(plain, tuple(verifying), tuple(drafting))
 
 
 def fastest(passes: Sequence[Callable[[], object]]) -> list[float]:
     """Return the least seconds of each pass over several turns through all of them.
 
     Other programs only ever add time, and taking turns spreads what they add over all passes: the
-    least is the steadiest estimate of what a pass costs, and a table outlives the moment.
+    least is the steadiest estimate of what a pass costs, and a table outlives the moment.  Where a
+    turn takes longer than all of them are to take, as one of a large model does, it is the last.
     """
+    began = time.perf_counter()
     for _ in range(WARMUPS):
         for run in passes:
             run()
+        if time.perf_counter() - began > SECONDS:
+            break
     least = [math.inf] * len(passes)
     started = time.perf_counter()
     for turn in range(MOST_TURNS):
@@ -118,7 +130,8 @@ def fastest(passes: Sequence[Callable[[], object]]) -> list[float]:
             run()
             _synchronize()
             least[i] = min(least[i], time.perf_counter() - before)
-        if turn + 1 >= FEWEST_TURNS and time.perf_counter() - started > SECONDS:
+        spent = time.perf_counter() - started
+        if spent > SECONDS and (turn == 0 or turn + 1 >= FEWEST_TURNS):
             break
     return least
 

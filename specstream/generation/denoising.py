@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from specstream.drafters.denoising import StateDrafter
-from specstream.generation.denoising_sampler import DenoisingSampler
-from specstream.generation.lengths import DraftLength, FixedLength
+from specstream.generation.drafting_sampler import DraftingSampler
+from specstream.generation.lengths import DraftLength, FixedLength, StepCosts
 from specstream.models.denoiser import Denoiser
 from specstream.sampling import Noise, Role
 from specstream.structures import Guarantee, StateContext, StateDraft, StateVerdict
@@ -27,7 +27,7 @@ from specstream.transitions import step_stds, transition
 from specstream.verification.gaussian import ReflectionCoupling, StateVerifier
 
 
-class DenoisingPipeline(DenoisingSampler):
+class DenoisingPipeline(DraftingSampler[StateDraft]):
     """Draws samples of a diffusion model; `samples` and `stats` hold those of the last run.
 
     Args:
@@ -39,6 +39,7 @@ class DenoisingPipeline(DenoisingSampler):
         lengths: how many steps to draft, at most.
         verifier: what keeps drafted steps.
         batch_size: samples drawn together; the result does not depend on it.
+        costs: for `lengths` that are chosen by costs; None: measured at the first run, and kept.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class DenoisingPipeline(DenoisingSampler):
         lengths: DraftLength | None = None,
         verifier: StateVerifier | None = None,
         batch_size: int = 16,
+        costs: StepCosts | None = None,
     ) -> None:
         if drafter is not None and eta == 0:
             raise ValueError(
@@ -67,7 +69,7 @@ class DenoisingPipeline(DenoisingSampler):
         self.drafter = drafter
         self.verifier = verifier
         lengths = lengths or FixedLength(0 if drafter is None else 8)
-        super().__init__(target, num_steps, eta, guidance, lengths, batch_size)
+        super().__init__(target, num_steps, eta, guidance, lengths, batch_size, costs)
         self.last_drawn = int((step_stds(self.grid, eta) > 0).sum())  # steps that have a law
 
     @property
@@ -80,11 +82,27 @@ class DenoisingPipeline(DenoisingSampler):
             return 0
         return min(self.grid.num_steps - 1, self.last_drawn) - step
 
-    def _round(
-        self, context: StateContext, index: Tensor, wanted: Sequence[int], noise: Noise
+    @property
+    def drafter_parts(self) -> tuple[object, ...]:
+        drafter = self.drafter
+        if drafter is None:
+            return ()
+        weights = list(drafter.parameters())
+        return (
+            str(drafter),
+            sum(weight.numel() for weight in weights),
+            sorted({str(weight.dtype) for weight in weights}),
+            type(self.verifier).__name__,
+        )
+
+    def _judge(
+        self,
+        context: StateContext,
+        part: StateContext,
+        index: Tensor,
+        draft: StateDraft,
+        noise: Noise,
     ) -> Tensor:
-        part = context.rows(index)
-        draft = self._propose(part, wanted, noise)
         states = torch.cat([part.states[:, None], draft.states], 1)  # (B, K+1, *S)
         estimates = self._evaluate(part, states, draft.lengths)
         verdict = self._verify(part, draft, states, estimates, noise)
@@ -93,7 +111,9 @@ class DenoisingPipeline(DenoisingSampler):
         context.drawn[index] = part.drawn + draft.lengths + 1
         return counts
 
-    def _propose(self, part: StateContext, wanted: Sequence[int], noise: Noise) -> StateDraft:
+    def _propose(
+        self, part: StateContext, index: Tensor, wanted: Sequence[int], noise: Noise
+    ) -> StateDraft:
         if self.drafter is None or not max(wanted):
             empty = part.states[:, None][:, :0]
             return StateDraft(empty, empty, torch.zeros_like(part.steps))

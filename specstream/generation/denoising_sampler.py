@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from specstream.generation.lengths import DraftLength, RowLength
+from specstream.generation.lengths import DraftLength, RowLength, StepCosts
 from specstream.models.denoiser import Denoiser
 from specstream.sampling import Noise, Role
 from specstream.structures import Guarantee, StateContext, StateStep, Stats
@@ -55,6 +55,7 @@ class DenoisingSampler(ABC):
         self.guidance = guidance
         self.lengths = lengths
         self.batch_size = batch_size
+        self.costs: StepCosts | None = None
         self.stats = self._new_stats()
         self.samples = torch.empty(0)
 
@@ -84,14 +85,15 @@ class DenoisingSampler(ABC):
         numbers = list(range(num_samples)) if indices is None else list(indices)
         assert len(set(numbers)) == num_samples, "samples need different indices"
         condition = {} if condition is None else dict(condition)
+        if numbers:
+            self._prepare(min(num_samples, self.batch_size), condition)
         self.stats = self._new_stats()
         self.stats.prompts = num_samples
         self.samples = torch.zeros(num_samples, *self.target.shape)
         noise = Noise(0 if seed is None else seed, self.target.device)
         for first in range(0, num_samples, self.batch_size):
             rows = slice(first, first + self.batch_size)
-            chosen = {name: value[rows].to(self.target.device) for name, value in condition.items()}
-            context = self._start(numbers[rows], chosen, noise)
+            context = self._start(numbers[rows], self._told(condition, rows), noise)
             yield from self._timed(self._rounds(context, noise))
             self.samples[rows] = context.states.cpu()
 
@@ -116,6 +118,15 @@ class DenoisingSampler(ABC):
 
         Returns how many of them stand, (R,): the rows have moved on by one step more.
         """
+
+    def _prepare(self, num_rows: int, condition: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Get ready, off the clock, to draw `num_rows` samples together."""
+
+    def _told(self, condition: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+        return {name: value[rows].to(self.target.device) for name, value in condition.items()}
+
+    def _row_length(self) -> RowLength:
+        return self.lengths.for_row(self.costs)
 
     def _room(self, step: int) -> int:
         """Return how many steps a row at `step` may draft: before the first nothing is known."""
@@ -142,7 +153,7 @@ class DenoisingSampler(ABC):
     def _rounds(self, context: StateContext, noise: Noise) -> Iterator[list[StateStep]]:
         total = self.grid.num_steps
         numbers = context.samples.tolist()
-        rows = [self.lengths.for_row(None) for _ in numbers]
+        rows = [self._row_length() for _ in numbers]
         steps = [0] * len(rows)
         while any(step < total for step in steps):
             active = [row for row, step in enumerate(steps) if step < total]

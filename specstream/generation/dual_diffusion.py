@@ -18,13 +18,18 @@ from torch import Tensor, nn
 
 from specstream.drafters.base import CanvasDrafter
 from specstream.generation.canvases import OpenRows
-from specstream.generation.lengths import DraftLength, FixedLength, RowLength, StepCosts
+from specstream.generation.lengths import (
+    DraftLength,
+    FixedLength,
+    RowLength,
+    StepCosts,
+    check_costs,
+)
 from specstream.generation.masked import (
     Blocks,
     MaskedPipeline,
     Round,
     Sampler,
-    check_costs,
     own_law,
 )
 from specstream.generation.masked_costs import drafted_costs, rounded

@@ -18,13 +18,18 @@ import torch
 from torch import Tensor
 
 from specstream.generation.canvases import OpenRows
-from specstream.generation.lengths import DraftLength, FixedLength, RowLength, StepCosts
+from specstream.generation.lengths import (
+    DraftLength,
+    FixedLength,
+    RowLength,
+    StepCosts,
+    check_costs,
+)
 from specstream.generation.masked import (
     Blocks,
     MaskedPipeline,
     Round,
     Sampler,
-    check_costs,
 )
 from specstream.generation.masked_costs import nested_costs, rounded
 from specstream.models.pretrained_masked import PretrainedMaskedLM

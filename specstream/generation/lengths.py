@@ -187,13 +187,28 @@ class _TurningRow(RowLength):
         return next(self.turns)
 
 
+def committed(acceptance: float, num_drafted: int) -> float:
+    """Return the elements a round of `num_drafted` drafts commits on average, 1 + a + ... + a^k."""
+    return sum(acceptance**i for i in range(num_drafted + 1))
+
+
 def best_length(acceptance: float, costs: StepCosts, choices: Sequence[int]) -> int:
-    """Return the k that maximises (1 + a + ... + a^k) / seconds of its round, k = 0 included."""
+    """Return the k that commits most elements a second, k = 0 included."""
+    return max((0, *choices), key=lambda k: committed(acceptance, k) / costs.round_seconds(k))
 
-    def rate(k: int) -> float:
-        return sum(acceptance**i for i in range(k + 1)) / costs.round_seconds(k)
 
-    return max((0, *choices), key=rate)
+def predicted_ratio(acceptance: float, costs: StepCosts, choices: Sequence[int]) -> float:
+    """Return the seconds of an element with the best length above 0, over those without drafts."""
+    return min(costs.round_seconds(k) / committed(acceptance, k) for k in choices) / costs.plain
+
+
+def check_costs(lengths: DraftLength, costs: StepCosts | None) -> None:
+    """Raise ValueError where `lengths` reads a given table of costs that is too short."""
+    if not lengths.needs_costs or costs is None:
+        return
+    size = min(len(costs.verify), len(costs.draft))
+    if size <= lengths.max_tokens:
+        raise ValueError(f"`costs` end at {size - 1} drafts, `lengths` at {lengths.max_tokens}")
 
 
 def _check_length(max_tokens: int) -> None:

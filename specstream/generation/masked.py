@@ -32,7 +32,6 @@ from specstream.generation.canvases import (
     make_canvas,
     mask_blocks,
 )
-from specstream.generation.lengths import DraftLength, StepCosts
 from specstream.generation.masked_costs import TargetPass
 from specstream.models.compilation import compile_shapes
 from specstream.models.pretrained_masked import PretrainedMaskedLM
@@ -106,15 +105,6 @@ class Sampler:
             raise ValueError("a repetition penalty has no meaning where text is not left to right")
         if self.limits.stop:
             raise ValueError("stop strings have no meaning where text is not left to right")
-
-
-def check_costs(lengths: DraftLength, costs: StepCosts | None) -> None:
-    """Raise ValueError where `lengths` reads a given table of costs that is too short."""
-    if not lengths.needs_costs or costs is None:
-        return
-    size = min(len(costs.verify), len(costs.draft))
-    if size <= lengths.max_tokens:
-        raise ValueError(f"`costs` end at {size - 1} drafts, `lengths` at {lengths.max_tokens}")
 
 
 class MaskedPipeline(Pipeline):

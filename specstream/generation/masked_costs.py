@@ -6,14 +6,14 @@ a drafter a step costs the drafter's time, and the pass that scores the draft is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from specstream.drafters.base import CanvasDrafter
-from specstream.generation.costs import fastest, key_of, stored
+from specstream.generation.costs import cost_table, fastest, key_of, stored
 from specstream.generation.lengths import DraftLength, StepCosts
 from specstream.models.pretrained_masked import PretrainedMaskedLM
 from specstream.sampling import Noise, Sampling
@@ -49,7 +49,7 @@ def nested_costs(way: TargetPass, lengths: DraftLength, width: int) -> StepCosts
     def measure() -> StepCosts:
         canvases = [_canvas(target, rows * (1 + k), width) for k in (0, *lengths.choices)]
         plain, *verify = fastest([lambda c=c: way.run(c.tokens, c.lengths) for c in canvases])
-        return _table(plain, lengths, verify, [0.0] * len(verify))
+        return cost_table(plain, lengths, verify, [0.0] * len(verify))
 
     return stored(way.key("nested", lengths, width), lengths.max_tokens + 1, measure)
 
@@ -71,7 +71,7 @@ def drafted_costs(
                 lambda n=k: drafter.propose(canvas, cache, [n] * rows, Sampling(0.0), noise)
             )
         plain, *draft = fastest(passes)
-        return _table(plain, lengths, [plain] * len(draft), draft)
+        return cost_table(plain, lengths, [plain] * len(draft), draft)
 
     rule = getattr(drafter, "unmasking", None)
     sizes = (sum(p.numel() for p in drafter.parameters()), str(drafter), rule)
@@ -92,14 +92,3 @@ def _canvas(target: PretrainedMaskedLM, rows: int, width: int) -> Canvas:
     numbers: Tensor = torch.arange(rows, device=target.device)
     lengths, drawn = torch.full_like(numbers, width), torch.zeros_like(numbers)
     return Canvas(tokens.masked_fill(masked, target.mask_id), masked, lengths, numbers, drawn)
-
-
-def _table(
-    plain: float, lengths: DraftLength, verify: Sequence[float], draft: Sequence[float]
-) -> StepCosts:
-    """Put what was measured for the lengths that may be chosen where they are looked for."""
-    verifying = [plain] * (lengths.max_tokens + 1)
-    drafting = [0.0] * (lengths.max_tokens + 1)
-    for k, spent, made in zip(lengths.choices, verify, draft, strict=True):
-        verifying[k], drafting[k] = spent, made
-    return StepCosts(plain, tuple(verifying), tuple(drafting))

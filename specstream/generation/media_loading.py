@@ -23,7 +23,7 @@ from specstream.drafters.state_loading import load_state_drafter
 from specstream.generation.accept_by_error import AcceptByErrorPipeline
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
-from specstream.generation.lengths import FixedLength
+from specstream.generation.lengths import CostModelLength, DraftLength, FixedLength
 from specstream.generation.loading import find_device
 from specstream.generation.picard import PicardPipeline
 from specstream.generation.refinement import RefinementPipeline
@@ -45,8 +45,10 @@ from specstream.models.denoiser import FORM, Denoiser, load_denoiser
 from specstream.models.pretrained_denoiser import PretrainedDenoiser
 from specstream.verification.quality import AdaptiveThreshold
 
-WINDOW = 8  # drafted steps a round, unless said
+WINDOW = 8  # drafted steps a round, unless said; the most where measured costs choose
+EVERY = 2  # of the lengths that are chosen from, one in so many: each has to be measured
 FREE = ("estimate", "velocity")  # drafts that need no training
+Window = int | Literal["auto"]  # steps drafted in a round; auto: measured costs choose
 Sampler = Literal["ddim", "adams-bashforth", "dpm-solver++", "by-error", "picard"]
 MOST_AT_ONCE = 64  # samples of a small model that are drawn together, unless said
 
@@ -71,7 +73,7 @@ class SamplerOptions:
     sampler: Sampler = "ddim"
     tolerance: float | None = None
     free_draft: Literal["estimate", "velocity"] | None = None
-    window: int | None = None
+    window: Window | None = None
     refinement: Refinement | None = None
     batch_size: int = MOST_AT_ONCE
 
@@ -195,7 +197,7 @@ def media_sampler(
         1.0 if options.eta is None else options.eta,
         options.guidance,
         drafter,
-        None if drafter is None else FixedLength(drafted_window(drafter, options.window)),
+        None if drafter is None else drafted_lengths(drafter, options.window),
         batch_size=size,
     )
 
@@ -214,27 +216,32 @@ def deterministic_sampler(target: Denoiser, options: SamplerOptions) -> Denoisin
             raise ValueError(f"sampler {name} guesses nothing: tolerance and window are for others")
         return SolverPipeline(target, options.num_steps, solvers[name], options.guidance, size)
     tolerance = 0.01 if options.tolerance is None else options.tolerance
-    window = WINDOW if options.window is None else options.window
     if name == "by-error":
         return AcceptByErrorPipeline(
             target,
             options.num_steps,
             tolerance,
             guidance=options.guidance,
-            lengths=FixedLength(window),
+            lengths=drafted_lengths(None, options.window),
             batch_size=size,
         )
+    if options.window == "auto":
+        raise ValueError("window auto is for drafted steps; picard's window is a number")
+    window = WINDOW if options.window is None else options.window
     eta = 0.0 if options.eta is None else options.eta
     return PicardPipeline(target, options.num_steps, eta, tolerance, window, options.guidance, size)
 
 
-def drafted_window(drafter: StateDrafter, window: int | None) -> int:
+def drafted_lengths(drafter: StateDrafter | None, window: Window | None) -> DraftLength:
     """Return how many steps are drafted in a round; ValueError for more than the drafter can."""
-    if not isinstance(drafter, WindowDenoiser):
-        return WINDOW if window is None else window
-    if window is not None and window > drafter.num_steps:
-        raise ValueError(f"media.window: the drafter guesses {drafter.num_steps} steps at most")
-    return min(WINDOW, drafter.num_steps) if window is None else window
+    most = WINDOW
+    if isinstance(drafter, WindowDenoiser):
+        most = min(WINDOW, drafter.num_steps)
+        if isinstance(window, int) and window > drafter.num_steps:
+            raise ValueError(f"media.window: the drafter guesses {drafter.num_steps} steps at most")
+    if window == "auto":
+        return CostModelLength(most, EVERY)
+    return FixedLength(most if window is None else window)
 
 
 def rough_model(drafter: StateDrafter | None) -> Denoiser | None:

@@ -11,7 +11,7 @@ import torch
 import specstream.generation.costs as costs_module
 from specstream.drafters import DraftModel, PromptLookup
 from specstream.generation import CostModelLength, FixedLength, SpeculativePipeline, StepCosts
-from specstream.generation.costs import measure_costs, stored_costs
+from specstream.generation.costs import fastest, measure_costs, stored_costs
 from specstream.models import PretrainedLM
 from specstream.sampling import Sampling
 from tests.toys import letters, toy_lm
@@ -152,3 +152,18 @@ def test_a_fixed_length_needs_no_costs(target: PretrainedLM, measured: list[Step
     )
     next(pipe.generate([[1, 2]]))
     assert not measured
+
+
+@pytest.mark.parametrize(("seconds", "runs"), [(0.11, 2 + 8), (0.4, 2 + 3), (3.0, 1 + 1)])
+def test_passes_are_timed_in_turns_and_very_slow_ones_in_one(
+    seconds: float, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0, 0.0]
+
+    def work(share: float) -> None:
+        now[0] += share * seconds
+        now[1] += 1
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    found = fastest([lambda: work(1.0), lambda: work(1.5)])
+    assert found == pytest.approx([seconds, 1.5 * seconds]) and now[1] == 2 * runs

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from specstream.generation.media_loading import Refinement, Sampler
+from specstream.generation.media_loading import Refinement, Sampler, Window
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class MediaOptions:
             what is within a tolerance; picard puts a window of steps right at once.
         tolerance: of by-error (squared error of a velocity) and picard (change of a state); 0.01
             unless said.
-        window: steps drafted in a round, at most; none: 8.
+        window: steps drafted in a round, at most; auto: as many as pay, 0 included, by costs that
+            are measured once for the models and the machine; none: 8.
         free_draft: draft without a trained drafter, from the target's last estimate of the data or
             its last velocity.
         draft_steps: refine selectively: denoise in so few steps, then have the target do again the
@@ -45,7 +46,7 @@ class MediaOptions:
     guidance: float = 1.0
     sampler: Sampler = "ddim"
     tolerance: float | None = None
-    window: int | None = None
+    window: Window | None = None
     free_draft: Literal["estimate", "velocity"] | None = None
     draft_steps: int | None = None
     main_steps: int | None = None
@@ -64,7 +65,7 @@ class MediaOptions:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"media.{name} must be a finite number, got {value}")
-        if self.window is not None and not 0 <= self.window <= 64:
+        if isinstance(self.window, int) and not 0 <= self.window <= 64:
             raise ValueError(f"media.window must be in 0..64, got {self.window}")
         if self.main_steps is not None and self.steps != MediaOptions.steps:
             raise ValueError("media.main_steps and media.steps are the same: give one of them")

@@ -165,7 +165,18 @@ def media_report(stats: Stats) -> list[str]:
     if stats.acceptance is not None:
         rows.append(("acceptance", f"{stats.acceptance:.1%} of {sum(stats.tested)} tested drafts"))
         rows.append(("alpha by step", " ".join(f"{alpha:.2f}" for alpha in stats.alphas)))
+    if stats.predicted_ratio is not None:
+        rows.append(("by costs", prediction_of(stats)))
     return as_table(rows)
+
+
+def prediction_of(stats: Stats) -> str:
+    """Say what measured costs predict of drafting, and what was done."""
+    assert stats.predicted_at is not None and stats.mean_length is not None
+    ratio = f"take {stats.predicted_ratio:.2f} times as long here"
+    if not stats.draft_calls:
+        return f"drafting would {ratio} if {stats.predicted_at:.0%} of drafts stood: not drafted"
+    return f"{stats.mean_length:.1f} steps drafted a round; drafting should {ratio}"
 
 
 def refinement_report(stats: Stats) -> list[str]:
