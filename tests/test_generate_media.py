@@ -58,8 +58,8 @@ def test_a_window_chosen_by_costs_says_what_drafting_would_take(
     cost: float, drafts: bool, image_run: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     def seconds(passes: Sequence[Callable[[], object]]) -> list[float]:
-        assert len(passes) == 1 + 2 * 4  # a plain round; 2, 4, 6 and 8 steps
-        return [1.0, *(part for k in (2, 4, 6, 8) for part in (1 + k * cost, 0.0))]
+        assert len(passes) == 2 * 5  # judging and drafting
+        return [part for k in (0, 2, 4, 6, 8) for part in (1 + k * cost, 0.0)]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("specstream.generation.drafting_sampler.fastest", seconds)

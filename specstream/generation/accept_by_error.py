@@ -110,9 +110,10 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
         part: StateContext,
         index: Tensor,
         draft: VelocityDraft,
+        wanted: Sequence[int],
         noise: Noise,
     ) -> Tensor:
-        estimates = self._evaluate(part, draft.states, draft.lengths)
+        estimates = self._evaluate(part, draft.states, draft.lengths, sum(wanted))
         steps = self._steps(part, draft.states.shape[1])  # (R, K+1)
         flat = (estimates.flatten(0, 1), draft.states.flatten(0, 1), steps.flatten())
         velocities = self._velocity(*flat).view_as(estimates)

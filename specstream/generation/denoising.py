@@ -101,10 +101,11 @@ class DenoisingPipeline(DraftingSampler[StateDraft]):
         part: StateContext,
         index: Tensor,
         draft: StateDraft,
+        wanted: Sequence[int],
         noise: Noise,
     ) -> Tensor:
         states = torch.cat([part.states[:, None], draft.states], 1)  # (B, K+1, *S)
-        estimates = self._evaluate(part, states, draft.lengths)
+        estimates = self._evaluate(part, states, draft.lengths, sum(wanted))
         verdict = self._verify(part, draft, states, estimates, noise)
         counts = verdict.accepted.sum(1)
         self._commit(context, index, counts, states, estimates, verdict.correction)

@@ -161,7 +161,7 @@ class DenoisingSampler(ABC):
             self.stats.draft_calls += any(wanted)
             index = torch.tensor(active, device=context.steps.device)
             kept = self._round(context, index, wanted, noise)
-            counts = kept.tolist()  # the host waits here, and where rows are picked for the target
+            counts = kept.tolist()  # the one answer that the host waits for
             for row, length, count in zip(active, wanted, counts, strict=True):
                 rows[row].record(min(count + 1, length), count)
                 steps[row] += count + 1
@@ -175,13 +175,19 @@ class DenoisingSampler(ABC):
         room = self._room(step)
         return min(row.choose(), room) if room > 0 else 0
 
-    def _evaluate(self, part: StateContext, states: Tensor, lengths: Tensor) -> Tensor:
+    def _evaluate(
+        self, part: StateContext, states: Tensor, lengths: Tensor, num_drafted: int
+    ) -> Tensor:
         """Return what the target says, in one call, of the states (B, K+1, *S) of a round.
 
-        Of row b it sees the first lengths[b] + 1; what it is not shown is 0.
+        Of row b it sees the first lengths[b] + 1; what it is not shown is 0.  `num_drafted` is the
+        sum of lengths (B,), which the host knows: to ask the device would be to wait for the draft.
         """
-        ahead = torch.arange(states.shape[1], device=lengths.device)
-        row, place = (ahead <= lengths[:, None]).nonzero(as_tuple=True)
+        shown = lengths + 1
+        rows = torch.arange(len(shown), device=shown.device)
+        row = rows.repeat_interleave(shown, output_size=len(shown) + num_drafted)
+        first = shown.cumsum(0) - shown
+        place = torch.arange(len(row), device=shown.device) - first[row]
         condition = {name: value[row] for name, value in part.condition.items()}
         steps = part.steps[row] + place
         said = self.target(states[row, place], steps, self.grid, condition, self.guidance)

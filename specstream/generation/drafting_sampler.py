@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -84,6 +85,7 @@ class DraftingSampler(DenoisingSampler, Generic[DraftT]):
         part: StateContext,
         index: Tensor,
         draft: DraftT,
+        wanted: Sequence[int],
         noise: Noise,
     ) -> Tensor:
         """Have the target look at a draft, commit what stands; return how many steps do (R,)."""
@@ -93,7 +95,7 @@ class DraftingSampler(DenoisingSampler, Generic[DraftT]):
     ) -> Tensor:
         part = context.rows(index)
         draft = self._propose(part, index, wanted, noise)
-        return self._judge(context, part, index, draft, noise)
+        return self._judge(context, part, index, draft, wanted, noise)
 
     def _prepare(self, num_rows: int, condition: Mapping[str, Tensor]) -> None:
         if not self.lengths.needs_costs or self.given_costs is not None:
@@ -112,16 +114,13 @@ class DraftingSampler(DenoisingSampler, Generic[DraftT]):
         context.seen_steps.fill_(0)  # a drafter that goes on from an estimate has one
         index = torch.arange(num_rows, device=context.steps.device)
         part = context.rows(index)
-        nothing = self._propose(part, index, [0] * num_rows, noise)
-        passes: list[Callable[[], object]] = [
-            lambda: self._judge(context, part, index, nothing, noise)
-        ]
-        for k in self.lengths.choices:
+        passes: list[Callable[[], object]] = []
+        for k in (0, *self.lengths.choices):
             wanted = [k] * num_rows
             made = self._propose(part, index, wanted, noise)
-            passes.append(lambda d=made: self._judge(context, part, index, d, noise))
-            passes.append(lambda w=wanted: self._propose(part, index, w, noise))
-        plain, *others = fastest(passes)
+            judge = partial(self._judge, context, part, index, made, wanted, noise)
+            passes += [judge, partial(self._propose, part, index, wanted, noise)]
+        plain, _, *others = fastest(passes)  # of a plain round nothing is drafted
         return cost_table(plain, self.lengths, others[::2], others[1::2])
 
     def _key(self, num_rows: int, condition: Mapping[str, Tensor]) -> str:

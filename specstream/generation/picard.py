@@ -83,7 +83,7 @@ class PicardPipeline(DenoisingSampler):
         most, lengths = max(wanted), torch.tensor(wanted, device=part.steps.device)
         drafted = self._follow(part, self._guesses[index, :most], noise)  # (R, K, *S)
         states = torch.cat([part.states[:, None], drafted], 1)
-        estimates = self._evaluate(part, states, lengths)  # (R, K+1, *S)
+        estimates = self._evaluate(part, states, lengths, sum(wanted))  # (R, K+1, *S)
         followed = self._follow(part, estimates, noise)
         moved = (followed[:, :-1] - drafted).flatten(2).double().square().mean(-1)
         ahead = torch.arange(self.window, device=lengths.device)

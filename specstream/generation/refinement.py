@@ -144,7 +144,7 @@ class RefinementPipeline(DenoisingSampler):
         assert isinstance(context, RefinementContext)
         part, nothing = context.rows(index), torch.zeros_like(index)
         states = part.states[:, None]
-        estimates = self._evaluate(part, states, nothing)
+        estimates = self._evaluate(part, states, nothing, 0)
         law = transition(estimates[:, 0], part.states, part.steps, self.grid, self.eta)
         normals = noise.normal(part.samples, part.drawn, self.target.shape, Role.CORRECT)
         drafts, pure = context.drafts[index], context.pure[index]
@@ -161,7 +161,7 @@ class RefinementPipeline(DenoisingSampler):
         def ask(level: float) -> Tensor:
             context.steps.fill_(self._nearest(level))
             states = self._noised(drafts, context.pure, context.steps)[:, None]
-            return self._evaluate(context, states, torch.zeros_like(context.steps))[:, 0]
+            return self._evaluate(context, states, torch.zeros_like(context.steps), 0)[:, 0]
 
         chosen = self.threshold(self.score(drafts, self.parts, ask))
         context.masks.copy_(self.parts.spread(chosen).to(context.masks.device))

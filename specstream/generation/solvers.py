@@ -145,7 +145,7 @@ class SolverPipeline(DenoisingSampler):
         part = context.rows(index)
         counts = torch.zeros_like(part.steps)
         states = part.states[:, None]
-        estimates = self._evaluate(part, states, counts)  # (R, 1, *S)
+        estimates = self._evaluate(part, states, counts, 0)  # (R, 1, *S)
         corrected = self.solver.estimate(estimates[:, 0], part, self.grid)
         following = transition(corrected, part.states, part.steps, self.grid, self.eta).means
         self._commit(context, index, counts, states, estimates, following)

@@ -1,8 +1,8 @@
-"""Loops that fill canvases ask the device for as little as they can: on a GPU each answer waits."""
+"""Rounds of canvases and of denoising ask the device for little: on a GPU each answer waits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specstream.drafters import MaskedDraftModel
+from specstream.drafters import FrozenEstimate, IndependentDenoiser, MaskedDraftModel, StateDrafter
 from specstream.generation import (
     DualDiffusionPipeline,
     FixedLength,
@@ -21,13 +21,28 @@ from specstream.generation import (
     Sampler,
     SelfSpeculativePipeline,
 )
+from specstream.generation.accept_by_error import AcceptByErrorPipeline
+from specstream.generation.denoising import DenoisingPipeline
+from specstream.generation.denoising_sampler import DenoisingSampler
+from specstream.generation.lengths import CostModelLength, StepCosts
+from specstream.generation.picard import PicardPipeline
+from specstream.generation.solvers import AdamsBashforth2, SolverPipeline
 from specstream.models import SelfSpeculativeHead
 from specstream.sampling import Sampling
 from specstream.unmasking import StaticSchedule, Threshold
 from specstream.verification import ExactMatch
+from tests.denoising_toys import gaussian_model
 from tests.masked_toys import characters, masked_lm
 
-ASKS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+ASKS = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.item.default,  # in inference mode operations come as they are called
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.nonzero_numpy.default,
+}
 
 
 @contextmanager
@@ -104,3 +119,33 @@ def test_a_drafted_round_copies_three_times_and_a_drafters_step_twice(
             target, drafter, characters(), ExactMatch(), FixedLength(steps), sampler=sampler
         )
         assert asked_a_round(pipeline, monkeypatch) <= 3 + 2 * steps
+
+
+def denoising_rounds() -> dict[str, Callable[[int], DenoisingSampler]]:
+    def drafted(drafter: StateDrafter) -> Callable[[int], DenoisingSampler]:
+        policy, costs = CostModelLength(3), StepCosts(1.0, (1.0, 1.0, 1.1, 1.2), (0.0,) * 4)
+        return lambda steps: DenoisingPipeline(
+            gaussian_model(), steps, drafter=drafter, lengths=policy, costs=costs
+        )
+
+    return {
+        "free draft": drafted(FrozenEstimate()),
+        "a draft model": drafted(IndependentDenoiser(gaussian_model(0.4, 0.7))),
+        "by error": lambda steps: AcceptByErrorPipeline(gaussian_model(), steps, 0.1),
+        "picard": lambda steps: PicardPipeline(gaussian_model(), steps),
+        "solver": lambda steps: SolverPipeline(gaussian_model(), steps, AdamsBashforth2()),
+    }
+
+
+@pytest.mark.parametrize("name", denoising_rounds())
+def test_a_round_of_denoising_copies_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many steps stand: which states the target sees, the host knows without asking."""
+    counts, rounds = [], []
+    for steps in (12, 60):
+        pipeline = denoising_rounds()[name](steps)
+        with counted(monkeypatch) as asked:
+            pipeline.complete(3, seed=1)
+        counts.append(len(asked))
+        rounds.append(pipeline.stats.target_calls)
+    assert rounds[1] > rounds[0]
+    assert counts[1] - counts[0] == rounds[1] - rounds[0]
