@@ -12,14 +12,22 @@ import pytest
 import torch
 import yaml
 
-from specstream.benchmark import EqualRounds, MediaStudy, MediaTask, PlainSteps
+from specstream.benchmark import (
+    EqualRounds,
+    FreeDraft,
+    MediaStudy,
+    MediaTask,
+    PlainSteps,
+    TrainedDraft,
+)
 from specstream.benchmark.command import main
-from specstream.benchmark.media_methods import MediaModels
+from specstream.benchmark.media_methods import MediaModels, MediaSetting
 from specstream.benchmark.readme import render
 from specstream.data.media_sources import MediaSource, Samples
 from specstream.drafters import IndependentDenoiser, ResidualDenoiser, WindowDenoiser
 from specstream.drafters.state_loading import save_state_drafter
 from specstream.generation.denoising import DenoisingPipeline
+from specstream.generation.lengths import CostModelLength
 from specstream.generation.media_loading import SamplerOptions, load_media_run
 from specstream.generation.solvers import AdamsBashforth2
 from specstream.media_processor import MediaProcessor
@@ -302,3 +310,11 @@ def test_options_are_checked_where_they_are_given(tmp_path: Path) -> None:
         MediaStudy([gone], [PlainSteps()], repeats=0).check()
     with pytest.raises(ValueError, match="no task is left"):
         MediaStudy([gone], [], skip_missing=True).check()
+
+
+def test_a_window_may_be_left_to_measured_costs(models: Path) -> None:
+    loaded, setting = MediaModels(str(models / "target"), "cpu"), MediaSetting(STEPS, 1.0)
+    free = FreeDraft("free", window="auto").pipeline(loaded, setting)
+    assert free.lengths == CostModelLength(STEPS - 1, 2)  # the last step is the target's own
+    window = TrainedDraft("window", str(models / "window"), "auto").pipeline(loaded, setting)
+    assert window.lengths == CostModelLength(4, 2)  # no more than the drafter can

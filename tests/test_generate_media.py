@@ -123,6 +123,8 @@ def test_videos_and_sounds_are_written_as_files_that_open(
             "window auto is for drafted steps; picard's window is a number",
         ),
         (["--prompt", "a", "--compare", "true"], "this is the plain target already"),
+        (["--prompt", "a", "--media.devices", "2"], "2 asked for, but cpu is one device"),
+        (["--prompt", "a", "--media.devices", "0"], "media.devices must be in 1..10000, got 0"),
         (["--prompt", "a", "--media.steps", "0"], "media.steps must be in 1..10000, got 0"),
         (["--media.draft_steps", "2", "--media.window", "3"], "media.window is for drafted steps"),
         (["--media.main_steps", "9", "--media.steps", "8"], "are the same: give one of them"),
@@ -138,7 +140,7 @@ def test_wrong_options_are_one_line(
     arguments: list[str], line: str, image_run: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given = ["--run", str(image_run), *arguments]
+    given = ["--run", str(image_run), "--device", "cpu", *arguments]
     given += [] if "--output" in arguments else ["--output", "y.png"]
     assert generate(given) == 2
     shown = capsys.readouterr().err.strip()

@@ -58,7 +58,8 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
         guidance: weight of the condition (Ho and Salimans 2022); 1 is none.
         lengths: how many steps to draft, at most; None: 8.
         batch_size: samples drawn together; the result does not depend on it.
-        costs: for `lengths` that are chosen by costs; None: measured at the first run, and kept.
+        costs: for `lengths` that are chosen by costs; None: measured at the first run, of as many
+            samples as are drawn together, and kept.  Which samples are drawn depends on them.
     """
 
     def __init__(

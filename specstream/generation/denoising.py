@@ -39,7 +39,8 @@ class DenoisingPipeline(DraftingSampler[StateDraft]):
         lengths: how many steps to draft, at most.
         verifier: what keeps drafted steps.
         batch_size: samples drawn together; the result does not depend on it.
-        costs: for `lengths` that are chosen by costs; None: measured at the first run, and kept.
+        costs: for `lengths` that are chosen by costs; None: measured at the first run, of as many
+            samples as are drawn together, and kept.  Which samples are drawn depends on them.
     """
 
     def __init__(

@@ -128,6 +128,7 @@ class DraftingSampler(DenoisingSampler, Generic[DraftT]):
         target = self.target
         return key_of(
             target.device,
+            [str(device) for device in target.devices],
             type(self).__name__,
             target.path,
             str(target),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -26,6 +27,9 @@ from specstream.models.quantization import quantize
 from specstream.processors import TextProcessor
 from specstream.sampling import Sampling
 from specstream.verification import TokenVerifier
+
+if TYPE_CHECKING:
+    import torch
 
 QUANTIZED = ("none", "target", "drafter", "both")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -247,3 +251,19 @@ def find_device(name: str) -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} does not exist: {torch.cuda.device_count()} GPUs found")
     return name
+
+
+def spread_devices(first: torch.device, count: int) -> list[torch.device]:
+    """Return `first` and others of its kind, `count` in all; ValueError for more than there are."""
+    import torch
+
+    if count > 1 and first.type != "cuda":
+        raise ValueError(
+            f"media.devices: {count} asked for, but {first.type} is one device, all of which "
+            "works on every call"
+        )
+    found = torch.cuda.device_count() if first.type == "cuda" else 1
+    if count > found:
+        raise ValueError(f"media.devices: {count} asked for, {found} GPUs found")
+    others = [number for number in range(found) if number != (first.index or 0)]
+    return [first, *(torch.device(first.type, number) for number in others[: count - 1])]

@@ -24,7 +24,7 @@ from specstream.generation.accept_by_error import AcceptByErrorPipeline
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.lengths import CostModelLength, DraftLength, FixedLength
-from specstream.generation.loading import find_device
+from specstream.generation.loading import find_device, spread_devices
 from specstream.generation.picard import PicardPipeline
 from specstream.generation.refinement import RefinementPipeline
 from specstream.generation.refinement_scores import (
@@ -76,6 +76,7 @@ class SamplerOptions:
     window: Window | None = None
     refinement: Refinement | None = None
     batch_size: int = MOST_AT_ONCE
+    devices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,8 @@ def media_sampler(
 ) -> DenoisingSampler:
     """Return the pipeline that the options name; ValueError for options without effect."""
     target.eval().requires_grad_(False)
+    if options.devices > 1:
+        target.spread(spread_devices(target.device, options.devices))
     refinement, size = options.refinement, options.batch_size
     if refinement is not None:
         return RefinementPipeline(

@@ -21,6 +21,7 @@ from specstream.models.noise_schedule import (
     SigmaSchedule,
 )
 from specstream.models.patch_transformer import PatchTransformer
+from specstream.models.spread_network import SpreadNetwork
 from specstream.transitions import Prediction, StepGrid, data_estimate
 
 FORM = "denoiser.json"
@@ -56,6 +57,7 @@ class Denoiser(nn.Module):
         self.prediction = prediction
         self.clip = clip
         self.path: str | None = None
+        self._spread: SpreadNetwork | None = None
 
     @property
     def device(self) -> torch.device:
@@ -65,11 +67,27 @@ class Denoiser(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.network.parameters()).dtype
 
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the rows of a call are evaluated, the model's own device first."""
+        return [self.device] if self._spread is None else self._spread.devices
+
+    def spread(self, devices: Sequence[torch.device]) -> None:
+        """Split the rows of every call over copies of the network on `devices`.
+
+        The first is the model's own.  What is said of a row is the same but for rounding.
+        """
+        self._spread = SpreadNetwork(self.network, devices)
+
     def output(
         self, states: Tensor, times: Tensor, condition: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """Return what the network predicts, float32 (R, *S); times (R,)."""
-        said = self.network(states.to(self.dtype), times[:, None], **(condition or {}))
+        states, times, condition = states.to(self.dtype), times[:, None], condition or {}
+        if self._spread is None:
+            said = self.network(states, times, **condition)
+        else:
+            said = self._spread(states, times, condition)
         assert isinstance(said, Tensor)
         return said.float()
 

@@ -146,6 +146,11 @@ class PretrainedDenoiser(Denoiser):
             "codec": converted(codec, codec_quantized) | {"tile": tiled},
         }
 
+    def spread(self, devices: Sequence[torch.device]) -> None:
+        if self.offloaded:
+            raise ValueError("offload and several devices do not go together; choose one")
+        super().spread(devices)
+
     def output(
         self, states: Tensor, times: Tensor, condition: Mapping[str, Tensor] | None = None
     ) -> Tensor:

@@ -287,3 +287,20 @@ def test_a_drafter_of_other_states_is_refused(video: str) -> None:
         check_shapes(other, target)
     with pytest.raises(ValueError, match="the drafter's noise levels are"):
         check_shapes(told(video, shift=2.0), target)
+
+
+def test_rows_of_a_pipelines_network_may_be_spread_and_offloaded_weights_not(video: str) -> None:
+    found = []
+    for devices in (1, 2):
+        target = told(video)
+        if devices > 1:
+            target.spread([target.device] * devices)
+        condition = target.condition([""] * 3)
+        pipeline = DenoisingPipeline(
+            target, 4, guidance=2.0, drafter=FrozenEstimate(), lengths=FixedLength(2)
+        )
+        found.append(pipeline.complete(3, condition, seed=1))
+    assert torch.allclose(*found, atol=1e-5)
+    target.offloaded = True
+    with pytest.raises(ValueError, match="offload and several devices do not go together"):
+        target.spread([target.device] * 2)

@@ -121,6 +121,7 @@ def make_media_run(options: Options, target: PretrainedDenoiser | None) -> Media
         window=media.window,
         refinement=media.refinement,
         batch_size=small if target is None else options.batch_size,
+        devices=media.devices,
     )
     if target is not None:
         return media_of_target(target, how)

@@ -26,6 +26,7 @@ class MediaOptions:
             unless said.
         window: steps drafted in a round, at most; auto: as many as pay, 0 included, by costs that
             are measured once for the models and the machine; none: 8.
+        devices: GPUs that the rows of a call of the target are split over.
         free_draft: draft without a trained drafter, from the target's last estimate of the data or
             its last velocity.
         draft_steps: refine selectively: denoise in so few steps, then have the target do again the
@@ -47,6 +48,7 @@ class MediaOptions:
     sampler: Sampler = "ddim"
     tolerance: float | None = None
     window: Window | None = None
+    devices: int = 1
     free_draft: Literal["estimate", "velocity"] | None = None
     draft_steps: int | None = None
     main_steps: int | None = None
@@ -55,7 +57,7 @@ class MediaOptions:
     refinement_strength: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("samples", "steps", "draft_steps", "main_steps"):
+        for name in ("samples", "steps", "draft_steps", "main_steps", "devices"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= 10_000:
                 raise ValueError(f"media.{name} must be in 1..10000, got {value}")

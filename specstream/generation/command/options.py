@@ -18,7 +18,7 @@ from specstream.generation.batch import Limits
 from specstream.generation.command.canvas_options import CanvasOptions
 from specstream.generation.command.media_options import MediaOptions
 from specstream.generation.lengths import CostModelLength, DraftLength, FixedLength
-from specstream.generation.loading import find_device
+from specstream.generation.loading import find_device, spread_devices
 from specstream.generation.masked import Sampler
 from specstream.generation.media_loading import is_media_run
 from specstream.sampling import Sampling
@@ -241,7 +241,10 @@ def _check_paths(options: Options) -> None:
 def _check_devices(options: Options) -> None:
     if options.devices < 1:
         wrong("devices", f"must be at least 1, not {options.devices}")
+    import torch
+
     device = find_device(options.device)
+    spread_devices(torch.device(device), options.media.devices)
     if options.devices == 1:
         return
     if device == "cpu":
@@ -251,8 +254,6 @@ def _check_devices(options: Options) -> None:
         return
     if device != "cuda":
         wrong("device", f"'{device}' is one device; leave it out to use {options.devices}")
-    import torch
-
     if options.devices > torch.cuda.device_count():
         wrong("devices", f"{options.devices} asked for, {torch.cuda.device_count()} GPUs found")
 
