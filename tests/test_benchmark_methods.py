@@ -19,6 +19,7 @@ from specstream.benchmark.command import main, make_parser
 from specstream.benchmark.parameters import extra_parameters
 from specstream.benchmark.readme import render
 from specstream.benchmark.runners import Runner
+from specstream.benchmark.tables import make_tables, markdown
 from specstream.benchmark.timing import Measured, Plan, warm_up
 from specstream.data.tokenizer import train_tokenizer
 from specstream.drafters import DraftModel, PromptLookup
@@ -174,6 +175,51 @@ def test_a_model_of_its_own_is_judged_by_its_own_plain_text(
         capsys,
     )
     assert rows[2]["quality_plain"] == rows[1]["quality"]
+
+
+def test_every_target_is_judged_on_more_questions_than_are_timed(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lossy = block("verification.TypicalAcceptance")
+    methods = [
+        LOOKUP,
+        {"name": "tuned", "run": str(models / "tuned"), "lengths": fixed(3)},
+        {"name": "typical", "run": str(models / "run"), "lengths": fixed(3), "verifier": lossy},
+    ]
+    config = write_study(models, tmp_path, methods, quality_prompts=8, max_new_tokens=TOKENS)
+    rows = measure(config, tmp_path / "toy.json", capsys)
+    plain, own, lookup, tuned, typical = rows
+    for row in rows[:4]:
+        assert (row["num_prompts"], row["quality_prompts"]) == (QUESTIONS, 8)
+        assert row["quality_plain"] == plain["quality"] == {"exact_match": 0.25}
+    assert lookup["quality"] == plain["quality"] and tuned["quality"] == {"exact_match": 0.0}
+    assert typical["quality_prompts"] == QUESTIONS  # it promises nothing: its own text is judged
+    assert typical["quality_plain"] == {"exact_match": 0.5}
+    assert plain["quality_differences"] is lookup["quality_differences"] is None
+    for row in (own, tuned):
+        assert row["quality_differences"] == {"exact_match": -0.25}
+        low, high = row["quality_intervals"]["exact_match"]
+        assert -0.7 < low < -0.25 < high <= 0
+    (table,) = make_tables(rows)
+    assert "prompts judged" in markdown(table) and "-25.00 [-" in markdown(table)
+    for row in rows:
+        for name in ("quality_prompts", "quality_differences", "quality_intervals"):
+            del row[name]  # as in results from before
+    (table,) = make_tables(rows)
+    assert "over the target's" not in markdown(table) and "judged" not in markdown(table)
+
+
+def test_a_file_of_too_few_questions_is_refused_before_anything_is_loaded(
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("specstream.benchmark.drafter_study.Pair")
+    config = write_study(models, tmp_path, [LOOKUP], quality_prompts=9)
+    assert main(["--config", config, "--output", str(tmp_path / "toy.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("questions.jsonl' holds 8 different prompts, not 9")
 
 
 def test_drawn_text_is_judged_too_but_not_compared(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from specstream.benchmark.masked_methods import DrafterAlone, Filling, MaskedModels
-from specstream.benchmark.masked_scores import Judged, Scores, difference, matched
+from specstream.benchmark.masked_scores import Judged, matched
+from specstream.benchmark.paired_scores import Scores, difference
 from specstream.benchmark.pareto import Point, lies_above, on_curve
 from specstream.benchmark.rows import MatchedQuality, read_rows
 from specstream.benchmark.tables import above_plain, make_tables, markdown

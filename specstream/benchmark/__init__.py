@@ -5,9 +5,10 @@
 Reading order: `prompts` (what is decoded), `pair` (the models), `methods` (who decodes), `runners`
 (one warm decoder each), `timing` (alternating runs), `speed` (the table of speeds), `speed_rows`
 (what is derived), `distillation` (the table of divergences), `questions`,
-`drafter_study` and `drafter_rows` (the table of drafters, with task metrics), `masked_prompts`,
-`masked_methods`, `masked_study`, `masked_rows`, `masked_scores` and `pareto` (the table of
-fillings: masked diffusion, quality against calls), `step_study` (a step of both its models),
+`drafter_study`, `paired_scores`, `target_quality`, `drafter_rows` and `drafter_records` (the table
+of drafters, with task metrics), `masked_prompts`, `masked_methods`, `masked_study`, `masked_rows`,
+`masked_scores` and `pareto` (the table of fillings: masked diffusion, quality against calls),
+`step_study` (a step of both its models),
 `media_methods`, `media_curves`, `media_study`, `media_rows` and `media_records` (the tables of
 media: drafts that keep a law, solvers that miss a solution), `rows` (the results file), `tables`,
 `plots`, `masked_plots`, `media_plots` and `readme` (what is made of it), `command` (the command

@@ -7,17 +7,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from specstream.benchmark.drafter_records import DrafterRow, ExtraParameters, JudgedText
 from specstream.benchmark.outputs import compare_greedy, repeated_share
 from specstream.benchmark.pair import Pair
 from specstream.benchmark.parameters import extra_parameters
 from specstream.benchmark.questions import Question
-from specstream.benchmark.rows import Agreement, DrafterRow, ExtraParameters, Machine
+from specstream.benchmark.rows import Agreement, Machine
 from specstream.benchmark.runners import PipelineRunner
 from specstream.benchmark.speed_rows import Result, bound, counts, describe, interval, ratio
+from specstream.benchmark.target_quality import AnswerScores, judge_tokens
 from specstream.benchmark.timing import Measured
 from specstream.generation import Limits, SpeculativePipeline
 from specstream.metrics import TextQuality
 from specstream.sampling import Sampling
+from specstream.structures import Guarantee
+
+EXACT = {Guarantee.EXACT_LAW.value, Guarantee.EXACT_GREEDY.value}
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class DrafterRowMaker:
-    """Turns the measurements of one task under one law into rows; `pairs` are keyed by target."""
+    """Turns the measurements of one task under one law into rows; `pairs` are keyed by target.
+
+    `judged`, keyed alike, are the scores of the targets on more questions; empty, the timed answers
+    are all that is judged.
+    """
 
     task: str
     pairs: dict[str, Pair]
@@ -47,6 +56,7 @@ class DrafterRowMaker:
     questions: Sequence[Question]
     prompts: list[list[int]]
     entries: list[Entry]
+    judged: dict[str, AnswerScores]
 
     def plain(self, target: str) -> Measured:
         """Return plain decoding of a target, the fastest variant."""
@@ -82,8 +92,7 @@ class DrafterRowMaker:
             call_reduction=calls_per_token(baseline) / calls_per_token(best),
             counts=counts(best),
             bound=bound(best, speedup),
-            quality=self.scores(best, entry.target),
-            quality_plain=self.scores(baseline, entry.baseline),
+            judged=self._judged(entry, agreement),
             agreement=agreement,
             identical_share=share,
             parameters=self._parameters(entry),
@@ -91,15 +100,36 @@ class DrafterRowMaker:
             machine=self.machine,
         )
 
-    def scores(self, did: Measured, target: str) -> dict[str, float]:
-        """Return the task metric of what was decoded."""
-        processor = self.pairs[target].processor
-        metric = self.quality.clone()
-        metric.update(
-            [processor.decode(tokens) for tokens in did.tokens],
-            [question.references for question in self.questions],
+    def _judged(self, entry: Entry, agreement: Agreement) -> JudgedText:
+        """Return the task metric of a method: its target's, where it promises its target's text."""
+        main = next(iter(self.pairs))
+        promised = entry.is_plain or (
+            counts(entry.result.best).guarantee in EXACT and agreement.identical is not False
         )
-        return {name: float(value) for name, value in metric.compute().items()}
+        if self.judged and promised:
+            own, plain, base = (self.judged[t] for t in (entry.target, entry.baseline, main))
+        else:
+            own, plain, base = (
+                self._timed(did, target)
+                for did, target in (
+                    (entry.result.best, entry.target),
+                    (self.plain(entry.baseline), entry.baseline),
+                    (self.plain(main), main),
+                )
+            )
+        gaps = None if promised and entry.target == main else own.minus(base)
+        return JudgedText(
+            quality=own.means,
+            quality_plain=plain.means,
+            quality_prompts=len(own.values),
+            quality_differences=gaps and {name: gap.mean for name, gap in gaps.items()},
+            quality_intervals=gaps and {name: gap.interval for name, gap in gaps.items()},
+        )
+
+    def _timed(self, did: Measured, target: str) -> AnswerScores:
+        """Judge what was decoded on the clock."""
+        processor = self.pairs[target].processor
+        return judge_tokens(self.quality, processor, self.questions, did.tokens)
 
     def _agreement(self, entry: Entry) -> tuple[Agreement, float | None]:
         """Compare greedy text with plain decoding of the same target; drawn text may differ."""

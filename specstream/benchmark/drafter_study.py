@@ -15,12 +15,13 @@ import torch
 from specstream.benchmark.drafter_rows import DrafterRowMaker, Entry
 from specstream.benchmark.methods import Drafted, Plain
 from specstream.benchmark.pair import Pair, Task, is_model
-from specstream.benchmark.questions import QuestionFile
+from specstream.benchmark.questions import Question, QuestionFile
 from specstream.benchmark.rows import Machine, Row, describe_machine
 from specstream.benchmark.runners import Decoding
 from specstream.benchmark.speed import Rounds
 from specstream.benchmark.speed_rows import Result
 from specstream.benchmark.study import Study, check_names, say
+from specstream.benchmark.target_quality import TargetJudge
 from specstream.benchmark.timing import Plan, alternate
 from specstream.generation import Limits
 from specstream.generation.loading import find_device
@@ -52,6 +53,14 @@ class JudgedTask:
         self.questions.check()
 
 
+@dataclass(frozen=True, slots=True)
+class TaskQuestions:
+    """The questions of a task that are timed, and those that its targets are judged on, if any."""
+
+    timed: list[Question]
+    judged: list[Question]
+
+
 @dataclass(frozen=True)
 class DrafterStudy(Study):
     """Decodes questions with every drafter in alternating runs, and judges the answers.
@@ -60,7 +69,10 @@ class DrafterStudy(Study):
         tasks: questions and the target that answers them.
         methods: the drafters; plain decoding of every target is measured beside them.
         samplings: the laws that are decoded.
-        num_prompts: questions of each task, evenly over its file.
+        num_prompts: questions of each task that are timed, evenly over its file.
+        quality_prompts: questions, evenly over the file, on which every target is judged, decoded
+            plainly in batches off the clock; a method that keeps its target's text or law has the
+            same figure.  null judges the answers that are timed, which are few.
         max_new_tokens: the longest answer; the end of sequence ends one before.
         repeats: timed runs of every method over all questions; medians count.
         warmups: questions decoded by everyone before anything is timed, the longest first.
@@ -77,6 +89,7 @@ class DrafterStudy(Study):
     methods: list[Drafted]
     samplings: list[Sampling] = field(default_factory=lambda: [Sampling(temperature=0)])
     num_prompts: int = 64
+    quality_prompts: int | None = None
     max_new_tokens: int = 128
     repeats: int = 3
     warmups: int = 2
@@ -97,6 +110,8 @@ class DrafterStudy(Study):
     def check(self) -> None:
         if min(self.num_prompts, self.repeats) < 1 or self.warmups < 0:
             raise ValueError("num_prompts and repeats must be at least 1 and warmups at least 0")
+        if self.quality_prompts is not None and self.quality_prompts < 1:
+            raise ValueError(f"quality_prompts must be at least 1, not {self.quality_prompts}")
         check_names(self.tasks, self.methods, self.only_tasks, self.only_methods)
         for task in self._tasks:
             task.check()
@@ -124,6 +139,8 @@ class DrafterStudy(Study):
         return [method for method in self._asked(task) if method.missing() is None]
 
     def run(self, arguments: Sequence[str]) -> Iterator[list[Row]]:
+        # What cannot be read is refused before anything is loaded or decoded.
+        asked = {task.name: self.read(task) for task in self._tasks}
         for task in self._tasks:
             pairs = self.load_targets(task)
             first = pairs[task.target]
@@ -132,10 +149,15 @@ class DrafterStudy(Study):
             for sampling in self.samplings:
                 if self.compile:  # the last law's graphs, each with its packed weights
                     torch.compiler.reset()
-                rows, complete = self.measure(task, pairs, sampling, machine)
+                rows, complete = self.measure(task, asked[task.name], pairs, sampling, machine)
                 yield rows
                 if not complete:
                     raise KeyboardInterrupt
+
+    def read(self, task: JudgedTask) -> TaskQuestions:
+        """Read the questions of a task; ValueError when there are fewer."""
+        judged = [] if self.quality_prompts is None else task.questions.read(self.quality_prompts)
+        return TaskQuestions(task.questions.read(self.num_prompts), judged)
 
     def load_targets(self, task: JudgedTask) -> dict[str, Pair]:
         """Load the task's target, first, and those that its methods name, keyed by their paths."""
@@ -152,10 +174,19 @@ class DrafterStudy(Study):
         return pairs
 
     def measure(
-        self, task: JudgedTask, pairs: dict[str, Pair], sampling: Sampling, machine: Machine
+        self,
+        task: JudgedTask,
+        asked: TaskQuestions,
+        pairs: dict[str, Pair],
+        sampling: Sampling,
+        machine: Machine,
     ) -> tuple[list[Row], bool]:
         """Time one task under one law; returns its rows and whether all repeats were run."""
-        questions = task.questions.read(self.num_prompts)
+        questions, judged = asked.timed, {}
+        if asked.judged:
+            say(f"{task.name}: judging {len(pairs)} targets on {len(asked.judged)} questions")
+            judge = TargetJudge(task.quality, asked.judged, sampling, self.limits, self.seed)
+            judged = {path: judge(pair) for path, pair in pairs.items()}
         first = pairs[task.target]
         prompts = [first.processor.encode(question.prompt) for question in questions]
         blocks = [[number] for number in range(len(prompts))]
@@ -176,6 +207,6 @@ class DrafterStudy(Study):
             entry.result.variants.append(did)
         maker = DrafterRowMaker(
             task.name, pairs, task.quality, sampling, self.limits, machine, questions, prompts,
-            entries,
+            entries, judged,
         )  # fmt: skip
         return [maker.row(entry) for entry in entries], complete

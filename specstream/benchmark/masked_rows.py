@@ -18,13 +18,8 @@ from specstream.benchmark.masked_methods import (
     SelfSpeculative,
 )
 from specstream.benchmark.masked_prompts import CanvasQuestion
-from specstream.benchmark.masked_scores import (
-    Judged,
-    Scores,
-    Verdict,
-    difference,
-    matched,
-)
+from specstream.benchmark.masked_scores import Judged, matched
+from specstream.benchmark.paired_scores import Scores, Verdict, difference, text_scores
 from specstream.benchmark.pareto import Point, fewest_steps, lies_above, on_curve
 from specstream.benchmark.rows import (
     FillingCosts,
@@ -149,8 +144,7 @@ class MaskedRowMaker:
         if isinstance(metric, Solved):
             pairs = zip(prompts, texts, strict=True)
             return np.array([[float(metric.checker(prompt, text))] for prompt, text in pairs])
-        answers = zip(texts, self.questions, strict=True)
-        return np.array([metric.scores(text, question.references) for text, question in answers])
+        return text_scores(metric, texts, [question.references for question in self.questions])
 
     def _row(self, each: Filled, plain: Sequence[Filled], best: Filled) -> MaskedRow:
         stats = stats_of(each.measured)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specstream.benchmark.rows import ExtraParameters
+from specstream.benchmark.drafter_records import ExtraParameters
 from specstream.drafters import Drafter
 from specstream.models import PretrainedLM
 

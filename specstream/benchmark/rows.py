@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from specstream.benchmark.drafter_records import DrafterRow
 from specstream.benchmark.media_records import MediaRow, SolverRow
 from specstream.files import write_whole
 
@@ -154,60 +155,6 @@ class DistillationRow:
     alpha: float
     alphas: list[float]
     difference: PairedDifference
-    machine: Machine
-
-
-@dataclass(frozen=True, slots=True)
-class ExtraParameters:
-    """What a drafter adds to its target: those of LoRA adapters apart, and the parts by name.
-
-    `share_of_medusa` is without LoRA, over the 4 (D^2 + D V) of four Medusa heads.
-    """
-
-    extra_parameters: int = 0
-    lora_parameters: int = 0
-    share_of_medusa: float = 0.0
-    parameter_parts: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DrafterRow:
-    """One drafter on one task: its speed, its calls, what it costs and how good the text is.
-
-    `target` is whose text it decodes and `baseline` whose plain decoding it is compared with: the
-    task's target unless the method names others.  `call_reduction` is how many more target calls a
-    token plain decoding makes.  `agreement` and `identical_share` (of the prompts, ties not
-    counted) are against plain decoding of `target`; `quality_plain` is that of `baseline`.
-    """
-
-    study: str = "drafters"
-    task: str
-    method: str
-    role: str
-    target: str
-    baseline: str
-    variant: str
-    variants: dict[str, float]  # seconds of each
-    sampling: str
-    num_prompts: int
-    prompt_tokens: float
-    max_new_tokens: int
-    repeats: int
-    elements: int
-    seconds: float
-    tokens_per_second: float
-    speedup_vs_plain: float
-    speedup_interval: tuple[float, float] | None
-    calls_per_token: float
-    call_reduction: float
-    counts: Counts
-    bound: Bound
-    quality: dict[str, float]
-    quality_plain: dict[str, float]
-    agreement: Agreement
-    identical_share: float | None
-    parameters: ExtraParameters
-    repeated_4grams: float | None
     machine: Machine
 
 

@@ -103,6 +103,30 @@ def qualities(rows: Sequence[JsonRow]) -> list[Column]:
     return [Column(name.replace("_", " "), cell(name)) for name in rows[0]["quality"]]
 
 
+def against_target(rows: Sequence[JsonRow]) -> list[Column]:
+    """Return how far each score is from that of the task's target, and on how many prompts.
+
+    Older files do not say; the number is left out where it is that of the timed prompts.
+    """
+
+    def cell(name: str) -> Callable[[JsonRow], str]:
+        def found(row: JsonRow) -> str:
+            if row.get("quality_differences") is None:
+                return ""
+            gap, (low, high) = row["quality_differences"][name], row["quality_intervals"][name]
+            return f"{100 * gap:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+
+        return found
+
+    columns = [
+        Column(f"{name.replace('_', ' ')} over the target's", cell(name))
+        for name in rows[0]["quality"]
+    ]
+    if any(row.get("quality_prompts", row["num_prompts"]) != row["num_prompts"] for row in rows):
+        columns.append(Column("prompts judged", number("quality_prompts", "d")))
+    return columns
+
+
 def judged(key: str, form: str) -> Callable[[JsonRow], str]:
     """Return a cell for what says something of free text only, beside a judge."""
     return lambda row: "" if row["judge_nll"] is None else number(key, form)(row)
@@ -301,7 +325,7 @@ def _groups(rows: Sequence[JsonRow]) -> Iterator[tuple[str, list[Column], list[J
         if study == "speed":
             yield f"{task}, {setting} ({sampling}; {tokens})", SPEED, group
         elif study == "drafters":
-            columns = [*DRAFTERS, *qualities(group), *DRAFTERS_AFTER]
+            columns = [*DRAFTERS, *qualities(group), *against_target(group), *DRAFTERS_AFTER]
             yield f"{task} ({sampling}; {tokens} at most)", columns, group
         elif study == "masked":
             masks = f"{group[0]['num_prompts']} prompts, {group[0]['max_new_tokens']} masks"
