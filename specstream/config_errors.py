@@ -10,6 +10,7 @@ between two marks, and every parser on the way out puts its own key in front:
 import re
 import sys
 from argparse import ArgumentError
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -35,6 +36,18 @@ class OneLineErrors(ArgumentParser):
         if nested_key is None:
             self.built_class = getattr(theclass, "__name__", None)
         return super().add_class_arguments(theclass, nested_key, *args, **options)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *others: Any, **options: Any
+    ) -> Any:
+        """Parse arguments, the null among them of an option of a class within a class.
+
+        jsonargparse reads such a null where it is given, and hands it down to the inner class's
+        parser as Python writes it, `--option=None`.
+        """
+        if args is not None and self.built_class is not None:
+            args = [re.sub("=None$", "=null", word) for word in args]
+        return super().parse_args(args, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         marked = MARKED.search(message)

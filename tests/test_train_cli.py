@@ -121,6 +121,30 @@ def test_a_misspelt_option_of_a_file_is_named_too(
     )
 
 
+@pytest.mark.parametrize("key", ["kept_nodes", "branching", "weights"])
+def test_null_reaches_the_option_of_a_class_within_a_class(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = pytest.importorskip("specstream.training.command")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+
+    class Parsed(Exception):
+        pass
+
+    class ParseOnly(command.TrainCLI):  # type: ignore[name-defined]
+        def before_instantiate_classes(self) -> None:
+            raise Parsed(self.config["model"]["init_args"]["drafter"]["init_args"])
+
+    monkeypatch.setattr(command, "TrainCLI", ParseOnly)
+    words = ["--config", "configs/train/streaming-shared-e2e-wikisql.yaml"]
+    if key == "weights":  # null already: first a folder
+        words += ["--model.init_args.drafter.init_args.weights", "some/folder"]
+    with pytest.raises(Parsed) as found:
+        command.run_training([*words, f"--model.init_args.drafter.init_args.{key}", "null"])
+    assert found.value.args[0][key] is None
+
+
 def test_an_unknown_class_is_named(
     config: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:

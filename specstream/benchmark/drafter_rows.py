@@ -117,14 +117,13 @@ class DrafterRowMaker:
                     (self.plain(main), main),
                 )
             )
-        gaps = None if promised and entry.target == main else own.minus(base)
-        return JudgedText(
-            quality=own.means,
-            quality_plain=plain.means,
-            quality_prompts=len(own.values),
-            quality_differences=gaps and {name: gap.mean for name, gap in gaps.items()},
-            quality_intervals=gaps and {name: gap.interval for name, gap in gaps.items()},
-        )
+        size = len(own.values)
+        if promised and entry.target == main:
+            return JudgedText(own.means, plain.means, size)
+        gaps = own.minus(base)
+        means = {name: gap.mean for name, gap in gaps.items()}
+        intervals = {name: gap.interval for name, gap in gaps.items()}
+        return JudgedText(own.means, plain.means, size, means, intervals)
 
     def _timed(self, did: Measured, target: str) -> AnswerScores:
         """Judge what was decoded on the clock."""
