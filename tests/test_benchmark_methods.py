@@ -222,6 +222,21 @@ def test_a_file_of_too_few_questions_is_refused_before_anything_is_loaded(
     assert line.endswith("questions.jsonl' holds 8 different prompts, not 9")
 
 
+def test_questions_that_are_too_long_are_left_out_and_counted(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, target = tmp_path / "q.jsonl", str(models / "target")
+    records = [{"ask": "draft " * count, "say": "it"} for count in (1, 2, 3, 9)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    file = QuestionFile(str(path), "{ask}", ["{say}"])
+    most = len(TextProcessor.from_pretrained(target).encode(records[2]["ask"]))
+    task = JudgedTask("toy", target, file, Rouge(), most)
+    assert [question.prompt for question in task.read()] == [r["ask"] for r in records[:3]]
+    assert capsys.readouterr().err == f"left out of toy: 1 questions of over {most} tokens\n"
+    with pytest.raises(ValueError, match="holds 3 different prompts, not 4"):
+        DrafterStudy([task], [], num_prompts=4).read(task)
+
+
 def test_drawn_text_is_judged_too_but_not_compared(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from specstream.config_errors import ConfigError
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
-TRAIN = [path for path in CONFIGS if path.parts[1] == "train"]
+OVERLAYS = [path for path in CONFIGS if path.parts[2] == "overlays"]  # laid over a recipe
+TRAIN = [path for path in CONFIGS if path.parts[1] == "train" and path not in OVERLAYS]
+RECIPES = [path for path in TRAIN if path.name.endswith("-e2e-wikisql.yaml")]
+DRAFTERS = [path for path in RECIPES if not path.name.startswith("target-")]
 
 
 class Parsed(Exception):
-    """Raised in place of building anything."""
+    """Raised, with the whole config, in place of building anything."""
 
 
 def _head(path: Path) -> str:
@@ -67,21 +72,65 @@ def test_a_config_reads_nothing_outside_the_repository(path: Path) -> None:
     assert not re.findall(r"(?:^|[\s\"'])(?:/|~/|\.\./)[\w.]", text)
 
 
-@pytest.mark.parametrize("path", TRAIN, ids=str)
-def test_a_training_config_parses_as_train_py_parses_it(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Parse a command line as train.py does; return the whole config."""
     command = pytest.importorskip("specstream.training.command")
 
     class ParseOnly(command.TrainCLI):  # type: ignore[name-defined]
         def before_instantiate_classes(self) -> None:
-            raise Parsed
+            raise Parsed(self.config.as_dict())
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["train.py"])
     monkeypatch.setattr(command, "TrainCLI", ParseOnly)
-    with pytest.raises(Parsed):
-        command.run_training(["--config", str(path)])
+
+    def parsed(*words: str) -> dict[str, Any]:
+        with pytest.raises(Parsed) as found:
+            command.run_training(list(words))
+        return found.value.args[0]
+
+    return parsed
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=str)
+def test_a_training_config_parses_as_train_py_parses_it(
+    path: Path, parse: Callable[..., dict[str, Any]]
+) -> None:
+    assert parse("--config", str(path))["run"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=str)
+@pytest.mark.parametrize("recipe", DRAFTERS, ids=str)
+def test_an_overlay_leaves_nothing_of_the_recipes_data(
+    recipe: Path, overlay: Path, parse: Callable[..., dict[str, Any]]
+) -> None:
+    words = ["--config", str(recipe), "--config", str(overlay)]
+    config = parse(*words, "--run", "checkpoints/own")
+    assert config["run"] == "checkpoints/own"
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    name = overlay.stem
+    assert model["target"]["init_args"]["path"] == f"checkpoints/{name}-target/model"
+    assert data["tokenizer"] == model["target"]["init_args"]["path"]
+    _, expected = _recipe(Path(f"configs/train/{name}-target.yaml"))
+    for key in ("sources", "validation_sources"):
+        shown = [_given(source["init_args"]) for source in data[key]]
+        assert shown == [source["init_args"] for source in expected[key]]
+    for key in ("sequence_length", "batch_size"):
+        assert data[key] == expected[key]
+    assert not re.findall("e2e|wikisql", yaml.safe_dump(config["model"]))
+
+
+def _given(source: dict[str, Any]) -> dict[str, Any]:
+    return {key: source[key] for key in ("path", "prompt", "completion")}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=str)
+def test_an_overlay_asks_for_a_run_of_its_own(
+    overlay: Path, parse: Callable[..., dict[str, Any]]
+) -> None:
+    with pytest.raises(ConfigError, match="config error: run: expected str, got 'None'"):
+        parse("--config", str(DRAFTERS[0]), "--config", str(overlay))
 
 
 def _recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

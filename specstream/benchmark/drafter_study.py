@@ -15,7 +15,7 @@ import torch
 from specstream.benchmark.drafter_rows import DrafterRowMaker, Entry
 from specstream.benchmark.methods import Drafted, Plain
 from specstream.benchmark.pair import Pair, Task, is_model
-from specstream.benchmark.questions import Question, QuestionFile
+from specstream.benchmark.questions import Question, QuestionFile, spread
 from specstream.benchmark.rows import Machine, Row, describe_machine
 from specstream.benchmark.runners import Decoding
 from specstream.benchmark.speed import Rounds
@@ -26,6 +26,7 @@ from specstream.benchmark.timing import Plan, alternate
 from specstream.generation import Limits
 from specstream.generation.loading import find_device
 from specstream.metrics import TextQuality
+from specstream.processors import TextProcessor
 from specstream.sampling import Sampling
 
 
@@ -39,18 +40,33 @@ class JudgedTask:
             of its own.
         questions: held-out prompts with their references.
         quality: how an answer is judged.
+        max_prompt_tokens: leave out longer questions, and say how many; null keeps all, and one
+            that the target has no room for is refused.
     """
 
     name: str
     target: str
     questions: QuestionFile
     quality: TextQuality
+    max_prompt_tokens: int | None = None
 
     def check(self) -> None:
         """Raise ValueError for what can be seen to be wrong before anything is loaded."""
         if not is_model(self.target):
             raise ValueError(f"task '{self.name}': there is no folder '{self.target}'")
         self.questions.check()
+
+    def read(self) -> list[Question]:
+        """Return the questions that are short enough."""
+        found, most = self.questions.read_all(), self.max_prompt_tokens
+        if most is None:
+            return found
+        encode = TextProcessor.from_pretrained(self.target).encode
+        short = [question for question in found if len(encode(question.prompt)) <= most]
+        num_long = len(found) - len(short)
+        if num_long:
+            say(f"left out of {self.name}: {num_long} questions of over {most} tokens")
+        return short
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +172,9 @@ class DrafterStudy(Study):
 
     def read(self, task: JudgedTask) -> TaskQuestions:
         """Read the questions of a task; ValueError when there are fewer."""
-        judged = [] if self.quality_prompts is None else task.questions.read(self.quality_prompts)
-        return TaskQuestions(task.questions.read(self.num_prompts), judged)
+        found, path = task.read(), task.questions.path
+        counts = (self.num_prompts, self.quality_prompts or 0)
+        return TaskQuestions(*(spread(found, count, path) for count in counts))
 
     def load_targets(self, task: JudgedTask) -> dict[str, Pair]:
         """Load the task's target, first, and those that its methods name, keyed by their paths."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,13 +43,21 @@ class QuestionFile:
 
     def read(self, count: int) -> list[Question]:
         """Return `count` questions, evenly over the file; ValueError when there are fewer."""
+        return spread(self.read_all(), count, self.path)
+
+    def read_all(self) -> list[Question]:
+        """Return every question of the file."""
         prompt = Template(self.prompt)
         references = [Template(template) for template in self.references]
         found: dict[str, list[str]] = {}
         for place, record in Location(self.path).records():
             answers = found.setdefault(prompt.fill(place, record), [])
             answers += [template.fill(place, record) for template in references]
-        if len(found) < count:
-            raise ValueError(f"'{self.path}' holds {len(found)} different prompts, not {count}")
-        questions = [Question(text, tuple(answers)) for text, answers in found.items()]
-        return [questions[i * len(questions) // count] for i in range(count)]
+        return [Question(text, tuple(answers)) for text, answers in found.items()]
+
+
+def spread(questions: Sequence[Question], count: int, path: str) -> list[Question]:
+    """Return `count` of the questions of a file, evenly; ValueError when there are fewer."""
+    if len(questions) < count:
+        raise ValueError(f"'{path}' holds {len(questions)} different prompts, not {count}")
+    return [questions[i * len(questions) // count] for i in range(count)]
