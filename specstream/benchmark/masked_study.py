@@ -21,7 +21,7 @@ from specstream.benchmark.masked_methods import (
     MaskedModels,
     PlainSampling,
 )
-from specstream.benchmark.masked_prompts import CanvasPrompts
+from specstream.benchmark.masked_prompts import CanvasPrompts, CanvasQuestion
 from specstream.benchmark.masked_rows import MaskedRowMaker
 from specstream.benchmark.pair import is_model
 from specstream.benchmark.rows import Machine, Row, describe_machine
@@ -35,6 +35,7 @@ from specstream.generation.loading import find_device
 from specstream.metrics import Solved, TextQuality
 from specstream.models.masked_weights import HUB_NETWORKS
 from specstream.models.supported import FORM
+from specstream.processors import TextProcessor
 from specstream.sampling import Sampling
 
 
@@ -186,6 +187,8 @@ class MaskedStudy(Study):
         ]
 
     def run(self, arguments: Sequence[str]) -> Iterator[list[Row]]:
+        # What cannot be read is refused before any task is measured.
+        questions = {task.name: self.read(task) for task in self._tasks}
         for task in self._tasks:
             models = MaskedModels(task.target, self.dtype, self.device)
             dtype = str(models.target.dtype).removeprefix("torch.")
@@ -194,14 +197,22 @@ class MaskedStudy(Study):
             for filling in self.fillings(task):
                 if self.compile:
                     torch.compiler.reset()
-                rows, complete = self.measure(task, models, judge, filling, machine)
+                rows, complete = self.measure(
+                    task, questions[task.name], models, judge, filling, machine
+                )
                 yield rows
                 if not complete:
                     raise KeyboardInterrupt
 
+    def read(self, task: MaskedTask) -> list[CanvasQuestion]:
+        """Read what is given before the masks of a task; ValueError when there is less."""
+        processor = TextProcessor.from_pretrained(task.target)
+        return task.prompts.read(self.num_prompts, task.target, processor)
+
     def measure(
         self,
         task: MaskedTask,
+        questions: Sequence[CanvasQuestion],
         models: MaskedModels,
         judge: CausalJudge | None,
         filling: Filling,
@@ -214,7 +225,6 @@ class MaskedStudy(Study):
                 say(f"left out of {task.name}, {describe(filling.sampling)}: {reason}")
         methods = self._methods(task, filling)
         pipelines = [method.pipeline(models, filling) for method in methods]
-        questions = task.prompts.read(self.num_prompts, task.target, models.processor)
         prompts = [question.tokens for question in questions]
         # What does not fit is refused before anything is timed.
         widths = [len(pipelines[0].encode(prompt).tokens) for prompt in prompts]
