@@ -154,6 +154,10 @@ class Place:
     world_size: int = 1
 
 
+class TooFewRows(ValueError):
+    """Rows that do not make one global batch, which every process of a run finds alike."""
+
+
 class RowLoader:
     """Iterates over the batches of one process.
 
@@ -167,7 +171,7 @@ class RowLoader:
         place: which process of how many.
         num_workers: processes that make the batches; 0 makes them in this one, which is quick.
 
-    Raises ValueError when there is not one batch, or a bucket whose rows would never be seen.
+    Raises TooFewRows when there is not one batch, or a bucket whose rows would never be seen.
     """
 
     def __init__(
@@ -188,7 +192,7 @@ class RowLoader:
         unseen = [size for size, count in counts if drop_last and not count]
         if len(self.batch_sampler) == 0 or unseen:
             found = min(unseen, default=len(rows))
-            raise ValueError(
+            raise TooFewRows(
                 f"the data gives {found} {rows.unit}, fewer than one global batch of "
                 f"{self.batch_sampler.global_batch_size}: use more data or a smaller batch_size"
             )

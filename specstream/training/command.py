@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed.tensor import DTensor
 
 from specstream.config_errors import ConfigError, OneLineErrors
+from specstream.data.loader import TooFewRows
 from specstream.training.base import SummedLossModule
 from specstream.training.checkpoints import (
     AtomicCheckpointIO,
@@ -108,7 +109,7 @@ class TrainCLI(LightningCLI):
         may_exist = self.config["overwrite"] or later_process
         self.resume_from = self.run_folder.open(may_exist, self.config["ckpt_path"])
         rows = self.config["data"].get("init_args", {}).get("sequence_length")
-        check_model_blocks(self.config["model"], rows)
+        check_model_blocks(self.config["model"], rows, self.run_folder.path)
 
     def instantiate_classes(self) -> None:
         try:
@@ -188,6 +189,10 @@ def run_training(arguments: list[str]) -> int:
     """Train as the arguments say; return the exit code.  A user's mistake is a ValueError."""
     try:
         return fit_and_export(arguments)
+    except TooFewRows:
+        if getattr(rank_zero_only, "rank", 0):  # the first process says the same
+            return 2
+        raise
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
     except RuntimeError as error:

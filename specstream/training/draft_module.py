@@ -23,7 +23,7 @@ from specstream.training.base import SummedLossModule
 from specstream.training.decoding import HeldOutDecoding
 from specstream.training.language_modeling import check_row_length
 from specstream.training.optimization import Schedule
-from specstream.training.run_folder import WRITTEN_FOLDERS
+from specstream.training.run_folder import check_apart
 from specstream.training.sharding import shard_layers, train_in_float32
 
 
@@ -137,18 +137,4 @@ def check_single_places(divergence: Divergence, instead: str) -> None:
     if isinstance(divergence, DPace | EndToEndTV):
         raise ValueError(
             f"{type(divergence).__name__} weighs consecutive places of one drafter; {instead}"
-        )
-
-
-def check_apart(target: str, run: Path) -> None:
-    """Raise ValueError for a target in a folder that the run writes, and for a run inside it."""
-    folder = Path(target).resolve()
-    if target and folder.is_dir() and folder in (run.resolve(), *run.resolve().parents):
-        raise ValueError(
-            f"run: {run} is in the folder of the target {target!r}; give --run another"
-        )
-    if any(Path(target).resolve() == (run / name).resolve() for name in WRITTEN_FOLDERS):
-        raise ValueError(
-            f"run: {run} holds the target {target!r}, which would be replaced; give --run another "
-            "folder"
         )

@@ -42,10 +42,12 @@ from specstream.training.canvas import (
     position_times,
     spread_times,
 )
-from specstream.training.draft_module import check_apart, check_single_places
+from specstream.training.draft_module import check_single_places
 from specstream.training.filling import HeldOutFilling
 from specstream.training.language_modeling import check_row_length
+from specstream.training.model_blocks import check_named
 from specstream.training.optimization import Schedule
+from specstream.training.run_folder import check_apart
 from specstream.training.sharding import train_in_float32
 
 LOWEST = -1e30  # of a logit: none at any temperature, and finite over the lowest one
@@ -139,7 +141,7 @@ class MaskedDiffusionModule(SummedLossModule):
         if self.pad_canvas and data.layout.pack:
             raise ValueError("pad_canvas needs one document a row: set data.init_args.pack false")
         if target is not None:
-            check_named(target)
+            check_named(type(target).__name__, target.path)
         if self.decoding is not None:
             self.decoding.check(self)
 
@@ -271,15 +273,6 @@ def check_masked(network: object, name: str) -> None:
     if not isinstance(network, PretrainedMaskedLM):
         raise ValueError(
             f"{name} must be a masked diffusion language model, not {type(network).__name__}"
-        )
-
-
-def check_named(target: PretrainedMaskedLM) -> None:
-    """Raise ValueError for a target that the exported drafter could not name: one of no folder."""
-    if not target.path or isinstance(target, MaskedFromCausal):
-        raise ValueError(
-            "the target must be a PretrainedMaskedLM of a folder or the hub, which the drafter is "
-            f"to be loaded with, not {type(target).__name__}"
         )
 
 

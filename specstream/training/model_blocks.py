@@ -1,4 +1,4 @@
-"""What a config says of its models before anything is prepared: sizes, and room for the rows."""
+"""What a config says of its models before anything is prepared: sizes, folders, room for rows."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from jsonargparse import Namespace
 from specstream.files import read_table
 from specstream.models.fresh import fresh_config
 from specstream.models.lora import base_of
+from specstream.training.run_folder import check_apart
 
 FRESH = {"UntrainedLM", "UntrainedMaskedLM"}
 LOADED = {"PretrainedLM", "PretrainedMaskedLM", "MaskedFromCausal"}
+MASKED = {"UntrainedMaskedLM", "PretrainedMaskedLM", "MaskedFromCausal"}
 ROOM = ("max_position_embeddings", "n_positions", "max_sequence_length")  # in a config.json
 
 
@@ -28,18 +30,35 @@ class ModelBlock:
     arguments: dict[str, Any]
 
 
-def check_model_blocks(model: Namespace, sequence_length: int | None) -> None:
+def check_model_blocks(model: Namespace, sequence_length: int | None, run: Path) -> None:
     """Raise ValueError for models that cannot be made, or have less room than the data's rows.
 
-    Of fresh models all is known, of those in folders what their config.json says.
+    Of fresh models all is known, of those in folders what their config.json says.  A masked target
+    needs a name for the model beside it to be loaded with, and no target lies in the run's way.
     """
-    for block in model_blocks(model):
+    blocks = list(model_blocks(model))
+    drafts = any(block.role == "model" and block.class_name in MASKED for block in blocks)
+    for block in blocks:
+        path = str(block.arguments.get("path", ""))
+        if block.role == "target" and block.class_name in MASKED and drafts:
+            check_named(block.class_name, path)
+        if block.role == "target":
+            check_apart(path, run)
         room = fresh_room(block) if block.class_name in FRESH else stored_room(block)
         if room is not None and sequence_length is not None and sequence_length > room:
             raise ValueError(
                 f"data: sequence_length {sequence_length} is longer than the {room} positions of "
                 f"the {block.role}"
             )
+
+
+def check_named(class_name: str, path: str) -> None:
+    """Raise ValueError for a masked target of no folder: the exported drafter could not name it."""
+    if not path or class_name == "MaskedFromCausal":
+        raise ValueError(
+            "the target must be a PretrainedMaskedLM of a folder or the hub, which the drafter is "
+            f"to be loaded with, not {class_name}"
+        )
 
 
 def model_blocks(node: Any, role: str = "model") -> Iterator[ModelBlock]:

@@ -161,3 +161,17 @@ def remove(path: Path) -> None:
 def say(line: str) -> None:
     """Print one line, in the main process only."""
     print(line, flush=True)
+
+
+def check_apart(target: str, run: Path) -> None:
+    """Raise ValueError for a target in a folder that the run writes, and for a run inside it."""
+    folder = Path(target).resolve()
+    if target and folder.is_dir() and folder in (run.resolve(), *run.resolve().parents):
+        raise ValueError(
+            f"run: {run} is in the folder of the target {target!r}; give --run another"
+        )
+    if any(Path(target).resolve() == (run / name).resolve() for name in WRITTEN_FOLDERS):
+        raise ValueError(
+            f"run: {run} holds the target {target!r}, which would be replaced; give --run another "
+            "folder"
+        )

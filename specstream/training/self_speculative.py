@@ -38,7 +38,6 @@ from specstream.processors import TextProcessor
 from specstream.sampling import Noise, Role
 from specstream.training.base import Batch, LossSum, SummedLossModule
 from specstream.training.canvas import padded
-from specstream.training.draft_module import check_apart
 from specstream.training.language_modeling import check_row_length, row_keys
 from specstream.training.masked_diffusion import (
     check_masked,
@@ -46,6 +45,7 @@ from specstream.training.masked_diffusion import (
     take_mask_token,
 )
 from specstream.training.optimization import Schedule
+from specstream.training.run_folder import check_apart
 from specstream.training.sharding import train_in_float32
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from specstream.data.loader import Place, RowDataset, RowLoader
+from specstream.data.loader import Place, RowDataset, RowLoader, TooFewRows
 from specstream.data.packing import PackedRows
 
 T = 4
@@ -69,7 +69,7 @@ def test_the_last_validation_batch_is_filled_up_with_unscored_rows() -> None:
 
 
 def test_too_few_rows_for_a_batch_is_one_clear_line() -> None:
-    with pytest.raises(ValueError, match="gives 3 rows of 4 tokens, fewer than one global batch"):
+    with pytest.raises(TooFewRows, match="gives 3 rows of 4 tokens, fewer than one global batch"):
         RowLoader(RowDataset(rows(3)), batch_size=2, drop_last=True, place=Place(0, 2))
     with pytest.raises(ValueError, match="gives 0 rows"):
         RowLoader(RowDataset(rows(0)), batch_size=2)

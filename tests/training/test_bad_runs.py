@@ -12,11 +12,13 @@ import yaml
 
 from specstream.cli import train
 from specstream.data import TextDataModule
+from specstream.data.loader import TooFewRows
 from specstream.data.tokenizer import train_character_tokenizer, train_tokenizer
 from specstream.models import UntrainedLM, UntrainedMaskedLM
+from specstream.training import command
 from specstream.training.command import lost_peer
-from specstream.training.draft_module import check_apart
 from specstream.training.masked_diffusion import take_mask_token
+from specstream.training.run_folder import check_apart
 from tests.training.conftest import VOCABULARY
 
 Config = dict[str, Any]
@@ -105,12 +107,19 @@ def fresh(**options: Any) -> Config:
     return {"class_path": "specstream.models.UntrainedMaskedLM", "init_args": sizes}
 
 
-def test_a_drafter_beside_a_target_of_no_folder_is_refused(
+@pytest.mark.usefixtures("nothing_is_prepared")
+def test_a_drafter_beside_a_target_of_no_folder_is_refused_before_data_is_prepared(
     write_config: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models = {"model": fresh(block_length=8), "target": fresh()}
-    line = line_of(capsys, "--config", masked(write_config, models))
-    assert line.startswith("error: the target must be a PretrainedMaskedLM of a folder or the hub")
+    causal = {
+        "class_path": "specstream.models.MaskedFromCausal",
+        "init_args": {"path": str(tmp_path / "causal")},
+    }
+    for target, name in ((fresh(), "UntrainedMaskedLM"), (causal, "MaskedFromCausal")):
+        models = {"model": fresh(block_length=8), "target": target}
+        line = line_of(capsys, "--config", masked(write_config, models))
+        assert line.startswith("error: the target must be a PretrainedMaskedLM of a folder or the")
+        assert line.endswith(f"which the drafter is to be loaded with, not {name}")
     assert not (tmp_path / "run").exists()
 
 
@@ -129,6 +138,40 @@ def test_a_run_inside_the_folder_of_its_target_is_refused(tmp_path: Path) -> Non
             check_apart(str(target), run)
     check_apart(str(target), tmp_path / "target" / "drafter")
     check_apart("", Path("run"))
+
+
+@pytest.mark.usefixtures("nothing_is_prepared")
+def test_a_run_in_the_way_of_its_target_is_refused_before_data_is_prepared(
+    write_config: Write, distillation: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    UntrainedLM(VOCABULARY, **SIZES, max_positions=64).save(tmp_path / "first" / "model")
+    path = {"path": str(tmp_path / "first" / "model")}
+    distillation["init_args"]["target"] = {
+        "class_path": "specstream.models.PretrainedLM",
+        "init_args": path,
+    }
+    config = write_config("run", distillation)
+    inside = tmp_path / "first" / "model" / "drafter"
+    line = line_of(capsys, "--config", config, "--run", str(inside))
+    assert line.startswith(f"error: run: {inside} is in the folder of the target")
+    words = ["--run", str(tmp_path / "first"), "--overwrite", "true"]
+    line = line_of(capsys, "--config", config, *words)
+    assert line.startswith(f"error: run: {tmp_path / 'first'} holds the target")
+    assert not inside.exists() and (tmp_path / "first" / "model").is_dir()
+
+
+def test_rows_too_few_for_all_processes_are_said_by_the_first_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_few(arguments: list[str]) -> int:
+        raise TooFewRows("the data gives 3 rows, fewer than one global batch of 8")
+
+    monkeypatch.setattr(command, "fit_and_export", too_few)
+    line = "error: the data gives 3 rows, fewer than one global batch of 8\n"
+    for rank, said in ((0, line), (1, "")):
+        monkeypatch.setattr(command.rank_zero_only, "rank", rank, raising=False)
+        assert train([]) == 2
+        assert capsys.readouterr().err == said
 
 
 def test_weights_that_are_not_finite_are_not_exported(

@@ -18,8 +18,8 @@ from specstream.models import PretrainedLM
 from specstream.models.lora import add_adapters, save_adapter
 from specstream.training import StreamingModule
 from specstream.training.command import run_training
-from specstream.training.draft_module import check_apart
 from specstream.training.language_modeling import scored_ahead
+from specstream.training.run_folder import check_apart
 from specstream.training.streaming import stream_places
 from tests.toys import toy_lm
 from tests.training.conftest import OPTIMIZER
