@@ -168,6 +168,7 @@ class Role(IntEnum):
     ORDER = 3  # which position of a canvas comes first
     MASK = 4  # which positions a training example hides
     START = 5  # the state of noise that a sample is denoised from
+    KNOWN = 6  # the noise of what is given of a sample, at each denoising step
 
 
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -88,6 +88,26 @@ class StateVerdict:
     correction: Tensor  # (B, *S)
 
 
+@dataclass(frozen=True, slots=True)
+class KnownParts:
+    """What of each sample is given beforehand; the rest is to be made."""
+
+    data: Tensor  # (B, *S) anything where it is not given
+    given: Tensor  # (B, 1, *A) or (B, *S) bool
+
+    def hold(self, estimates: Tensor) -> Tensor:
+        """Return estimates of the data (B, *S) with the given data in their places."""
+        return torch.where(self.given, self.data.to(estimates), estimates)
+
+    def rows(self, chosen: Tensor | slice) -> KnownParts:
+        """Return the rows of an index (R,)."""
+        return KnownParts(self.data[chosen], self.given[chosen])
+
+    def to(self, device: torch.device) -> KnownParts:
+        """Return the parts on another device."""
+        return KnownParts(self.data.to(device), self.given.to(device))
+
+
 @dataclass(slots=True)
 class StateContext:
     """The states of a batch that is denoised, and what the target last said of each row."""
@@ -100,6 +120,7 @@ class StateContext:
     seen: Tensor  # (B, *S) the last state that the target has evaluated
     seen_steps: Tensor  # (B,) where it stood; -1: there is none yet
     estimates: Tensor  # (B, *S) the target's estimate of the data there
+    known: KnownParts | None = None  # of the samples; None: all is to be made
 
     def rows(self, chosen: Tensor) -> StateContext:
         """Return the rows of an index (R,), as a copy."""
@@ -112,6 +133,7 @@ class StateContext:
             self.seen[chosen],
             self.seen_steps[chosen],
             self.estimates[chosen],
+            None if self.known is None else self.known.rows(chosen),
         )
 
 

@@ -15,6 +15,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from specstream.sampling import Noise, Role
+from specstream.structures import StateContext
+
 SMALLEST = 1e-12
 
 
@@ -116,6 +119,29 @@ def transition(
     kept = (sigma_s**2 - stds**2).clamp(min=0).sqrt() / sigma_t  # of the noise that x_t holds
     means = wide(kept, states) * states + wide(alpha_s - kept * alpha_t, states) * estimates
     return Gaussian(means, stds)
+
+
+def noised(data: Tensor, normals: Tensor, steps: Tensor, grid: StepGrid) -> Tensor:
+    """Return the states (R, *S) at `steps` (R,) of data (R, *S) under normal numbers (R, *S)."""
+    alphas, sigmas = wide(grid.alphas[steps], data), wide(grid.sigmas[steps], data)
+    return alphas * data + sigmas * normals.to(data)
+
+
+def place_known(
+    states: Tensor, context: StateContext, steps: Tensor, grid: StepGrid, eta: float, noise: Noise
+) -> Tensor:
+    """Return states (R, *S) at `steps` (R,) with noised data wherever the data are given.
+
+    RePaint (Lugmayr et al. 2022), algorithm 1 without its repetitions.  The noise is one number of
+    the sample's index and the step, whatever was drafted and rejected before; a deterministic
+    sampler (eta 0) has no other noise than that which the sample begins with.
+    """
+    known = context.known
+    if known is None:
+        return states
+    elements, role = (steps, Role.KNOWN) if eta else (torch.zeros_like(steps), Role.START)
+    normals = noise.normal(context.samples, elements, states.shape[1:], role)
+    return torch.where(known.given, noised(known.data.to(states), normals, steps, grid), states)
 
 
 def estimate_weights(grid: StepGrid, eta: float) -> Tensor:

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from specstream.models.denoiser import Denoiser
 from specstream.sampling import Noise, Role
 from specstream.structures import Law, StateContext, StateDraft
-from specstream.transitions import Prediction, StepGrid, data_estimate, network_output, transition
+from specstream.transitions import (
+    Prediction,
+    StepGrid,
+    data_estimate,
+    network_output,
+    place_known,
+    transition,
+)
 
 
 class StateDrafter(nn.Module, ABC):
@@ -66,8 +73,9 @@ class StateDrafter(nn.Module, ABC):
             else:
                 guess = ahead[:, place]
             law = transition(guess, current, steps, grid, eta)
-            current = law.sample(normals[:, place])
-            means.append(law.means)
+            drawn, after = law.sample(normals[:, place]), (steps + 1, grid, eta, noise)
+            current = place_known(drawn, context, *after)
+            means.append(place_known(law.means, context, *after))
             states.append(current)
         return StateDraft(torch.stack(states, 1), torch.stack(means, 1), wanted)
 

@@ -32,7 +32,7 @@ from specstream.generation.lengths import DraftLength, FixedLength, StepCosts
 from specstream.generation.solvers import straight_places
 from specstream.models.denoiser import Denoiser
 from specstream.sampling import Noise
-from specstream.structures import Guarantee, StateContext
+from specstream.structures import Guarantee, KnownParts, StateContext
 from specstream.transitions import Prediction, data_estimate, network_output, transition, wide
 
 
@@ -95,9 +95,13 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
         return f"the target's, each velocity within a mean squared error of {self.tolerance:g}"
 
     def _start(
-        self, indices: Sequence[int], condition: dict[str, Tensor], noise: Noise
+        self,
+        indices: Sequence[int],
+        condition: dict[str, Tensor],
+        noise: Noise,
+        known: KnownParts | None = None,
     ) -> StateContext:
-        context = super()._start(indices, condition, noise)
+        context = super()._start(indices, condition, noise, known)
         self._slopes = torch.zeros_like(context.states)
         return context
 
@@ -129,7 +133,7 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
             following = transition(estimates[rows, counts], last, at, self.grid, self.eta).means
         if self.order:
             self._slopes[index] = self._slope(part, velocities, counts)
-        self._commit(context, index, counts, draft.states, estimates, following)
+        self._commit(context, index, counts, draft.states, estimates, following, noise)
         return counts
 
     def _steps(self, part: StateContext, places: int) -> Tensor:

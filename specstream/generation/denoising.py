@@ -23,7 +23,7 @@ from specstream.generation.lengths import DraftLength, FixedLength, StepCosts
 from specstream.models.denoiser import Denoiser
 from specstream.sampling import Noise, Role
 from specstream.structures import Guarantee, StateContext, StateDraft, StateVerdict
-from specstream.transitions import step_stds, transition
+from specstream.transitions import place_known, step_stds, transition
 from specstream.verification.gaussian import ReflectionCoupling, StateVerifier
 
 
@@ -109,7 +109,7 @@ class DenoisingPipeline(DraftingSampler[StateDraft]):
         estimates = self._evaluate(part, states, draft.lengths, sum(wanted))
         verdict = self._verify(part, draft, states, estimates, noise)
         counts = verdict.accepted.sum(1)
-        self._commit(context, index, counts, states, estimates, verdict.correction)
+        self._commit(context, index, counts, states, estimates, verdict.correction, noise)
         context.drawn[index] = part.drawn + draft.lengths + 1
         return counts
 
@@ -135,6 +135,13 @@ class DenoisingPipeline(DraftingSampler[StateDraft]):
         steps = (part.steps[:, None] + ahead).clamp(max=self.grid.num_steps - 1).flatten()
         law = transition(estimates.flatten(0, 1), states.flatten(0, 1), steps, self.grid, self.eta)
         means, stds = law.means.view_as(states), law.stds.view(batch, places)
+        if part.known is not None:
+            after = (steps + 1).view(batch, places).unbind(1)
+            placed = [
+                place_known(mean, part, step, self.grid, self.eta, noise)
+                for mean, step in zip(means.unbind(1), after, strict=True)
+            ]
+            means = torch.stack(placed, 1)
         elements = part.drawn[:, None] + ahead[:-1]
         uniforms = noise.uniform(part.samples, elements, Role.ACCEPT)
         normals = noise.normal(part.samples, part.drawn, states.shape[2:], Role.CORRECT)

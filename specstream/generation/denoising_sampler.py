@@ -4,6 +4,11 @@ In every round a row may draft some of its next steps, the target evaluates the 
 drafted ones of all rows in one call, and the row moves on by the drafted steps that stand and by
 one of the target's own.  What is drafted and what stands is the subclass's.
 
+Parts of a sample may be given (inpainting).  Their states are noised data, the same to the target
+and to whoever drafts (`place_known`): the Gaussians of both agree there, so a rule that is exact
+stays exact, for the law of the plain sampler that holds the same parts.  The rest is denoised
+beside them, which is not quite the model's own law under that condition.
+
 Shapes: B rows, K drafted steps, S the shape of a state, N steps.
 """
 
@@ -19,7 +24,8 @@ from torch import Tensor
 from specstream.generation.lengths import DraftLength, RowLength, StepCosts
 from specstream.models.denoiser import Denoiser
 from specstream.sampling import Noise, Role
-from specstream.structures import Guarantee, StateContext, StateStep, Stats
+from specstream.structures import Guarantee, KnownParts, StateContext, StateStep, Stats
+from specstream.transitions import place_known
 
 
 class DenoisingSampler(ABC):
@@ -76,11 +82,12 @@ class DenoisingSampler(ABC):
         *,
         seed: int | None = None,
         indices: Sequence[int] | None = None,
+        known: KnownParts | None = None,
     ) -> Iterator[StateStep]:
         """Draw samples and yield what each round does to each of them.
 
-        `condition` holds tensors of `num_samples` rows.  A sample depends on `seed` and on its
-        index, 0, 1, ... unless `indices` are given, and on nothing else of the batch.
+        `condition` and `known` hold tensors of `num_samples` rows.  A sample depends on `seed` and
+        on its index, 0, 1, ... unless `indices` are given, and on nothing else of the batch.
         """
         numbers = list(range(num_samples)) if indices is None else list(indices)
         assert len(set(numbers)) == num_samples, "samples need different indices"
@@ -89,11 +96,14 @@ class DenoisingSampler(ABC):
             self._prepare(min(num_samples, self.batch_size), condition)
         self.stats = self._new_stats()
         self.stats.prompts = num_samples
+        if known is not None:
+            self.stats.law += ", held to what is given"
         self.samples = torch.zeros(num_samples, *self.target.shape)
         noise = Noise(0 if seed is None else seed, self.target.device)
         for first in range(0, num_samples, self.batch_size):
             rows = slice(first, first + self.batch_size)
-            context = self._start(numbers[rows], self._told(condition, rows), noise)
+            held = None if known is None else known.rows(rows).to(self.target.device)
+            context = self._start(numbers[rows], self._told(condition, rows), noise, held)
             yield from self._timed(self._rounds(context, noise))
             self.samples[rows] = context.states.cpu()
 
@@ -104,9 +114,10 @@ class DenoisingSampler(ABC):
         *,
         seed: int | None = None,
         indices: Sequence[int] | None = None,
+        known: KnownParts | None = None,
     ) -> Tensor:
         """Draw samples (num_samples, *S), float32 on the CPU."""
-        for _ in self.generate(num_samples, condition, seed=seed, indices=indices):
+        for _ in self.generate(num_samples, condition, seed=seed, indices=indices, known=known):
             pass
         return self.samples
 
@@ -133,13 +144,17 @@ class DenoisingSampler(ABC):
         return self.grid.num_steps - 1 - step if step else 0  # the last is the target's own
 
     def _start(
-        self, indices: Sequence[int], condition: dict[str, Tensor], noise: Noise
+        self,
+        indices: Sequence[int],
+        condition: dict[str, Tensor],
+        noise: Noise,
+        known: KnownParts | None = None,
     ) -> StateContext:
         device = self.target.device
         samples = torch.tensor(indices, device=device)
         zeros = torch.zeros_like(samples)
-        pure = noise.normal(samples, zeros, self.target.shape, Role.START).float()
-        return StateContext(
+        pure = self._pure(samples, noise)
+        context = StateContext(
             states=pure,
             steps=zeros.clone(),
             samples=samples,
@@ -148,7 +163,15 @@ class DenoisingSampler(ABC):
             seen=pure.clone(),
             seen_steps=zeros - 1,
             estimates=torch.zeros_like(pure),
+            known=known,
         )
+        context.states = place_known(pure, context, zeros, self.grid, self.eta, noise)
+        return context
+
+    def _pure(self, samples: Tensor, noise: Noise) -> Tensor:
+        """Return the noise (B, *S) that samples (B,) begin with."""
+        first = torch.zeros_like(samples)
+        return noise.normal(samples, first, self.target.shape, Role.START).float()
 
     def _rounds(self, context: StateContext, noise: Noise) -> Iterator[list[StateStep]]:
         total = self.grid.num_steps
@@ -191,6 +214,7 @@ class DenoisingSampler(ABC):
         condition = {name: value[row] for name, value in part.condition.items()}
         steps = part.steps[row] + place
         said = self.target(states[row, place], steps, self.grid, condition, self.guidance)
+        said = said if part.known is None else part.known.rows(row).hold(said)
         self.stats.target_calls += 1
         self.stats.target_rows += len(row) * (2 if self.guidance != 1 and condition else 1)
         estimates = torch.zeros_like(states)
@@ -205,13 +229,17 @@ class DenoisingSampler(ABC):
         states: Tensor,
         estimates: Tensor,
         following: Tensor,
+        noise: Noise,
     ) -> None:
         """Move the rows `index` (R,) on by the `counts` (R,) that stand and one step more.
 
         states and estimates (R, K+1, *S): what the target saw and said; following (R, *S): the
-        states that come after what stands.
+        states that come after what stands, but for what is given of them.
         """
         rows = torch.arange(len(index), device=index.device)
+        if context.known is not None:
+            part, steps = context.rows(index), context.steps[index] + counts + 1
+            following = place_known(following, part, steps, self.grid, self.eta, noise)
         context.states[index] = following
         context.seen[index] = states[rows, counts]
         context.estimates[index] = estimates[rows, counts]

@@ -24,8 +24,8 @@ from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.lengths import FixedLength
 from specstream.models.denoiser import Denoiser
 from specstream.sampling import Noise, Role
-from specstream.structures import MAX_DRAFT, Guarantee, StateContext
-from specstream.transitions import transition
+from specstream.structures import MAX_DRAFT, Guarantee, KnownParts, StateContext
+from specstream.transitions import place_known, transition
 
 
 class PicardPipeline(DenoisingSampler):
@@ -70,9 +70,13 @@ class PicardPipeline(DenoisingSampler):
         return f"the target's, each step from a state within {self.tolerance:g} (rms)"
 
     def _start(
-        self, indices: Sequence[int], condition: dict[str, Tensor], noise: Noise
+        self,
+        indices: Sequence[int],
+        condition: dict[str, Tensor],
+        noise: Noise,
+        known: KnownParts | None = None,
     ) -> StateContext:
-        context = super()._start(indices, condition, noise)
+        context = super()._start(indices, condition, noise, known)
         self._guesses = context.estimates[:, None].repeat_interleave(self.window, 1)
         return context
 
@@ -92,7 +96,7 @@ class PicardPipeline(DenoisingSampler):
         rows = torch.arange(len(index), device=index.device)
         coming = (counts[:, None] + 1 + ahead).minimum(lengths[:, None])  # then the last again
         self._guesses[index] = estimates[rows[:, None], coming]
-        self._commit(context, index, counts, states, estimates, followed[rows, counts])
+        self._commit(context, index, counts, states, estimates, followed[rows, counts], noise)
         return counts
 
     def _follow(self, part: StateContext, estimates: Tensor, noise: Noise) -> Tensor:
@@ -108,5 +112,6 @@ class PicardPipeline(DenoisingSampler):
             if self.eta:
                 shape = current.shape[1:]
                 current = law.sample(noise.normal(part.samples, steps, shape, Role.CORRECT))
+            current = place_known(current, part, steps + 1, self.grid, self.eta, noise)
             states.append(current)
         return torch.stack(states, 1)[:, 1:]

@@ -3,16 +3,15 @@
 Hackaton-DMX (2025) drafted a video, scored its frames and had a larger model draw the bad ones
 anew, each alone and from another seed.  Here they are refined indeed: the draft is noised
 (SDEdit, Meng et al. 2022) and the target denoises the parts that fail beside the parts that are
-kept, which are put back at every level with that level's noise (RePaint, Lugmayr et al. 2022).  The
-kept parts of a sample are its draft's to the last bit.  No law is preserved: HEURISTIC, always.
+kept, which are to it what is given of a sample (see `denoising_sampler`).  The kept parts of a
+sample are its draft's to the last bit.  No law is preserved: HEURISTIC, always.
 
-Shapes: B rows, S the shape of a state, G the grid of its parts, N steps.
+Shapes: B rows, S the shape of a state, A its axes, G the grid of its parts, N steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -28,18 +27,9 @@ from specstream.generation.refinement_scores import (
 )
 from specstream.models.denoiser import Denoiser
 from specstream.sampling import Noise, Role
-from specstream.structures import Guarantee, StateContext, StateStep
-from specstream.transitions import transition, wide
+from specstream.structures import Guarantee, KnownParts, StateContext, StateStep
+from specstream.transitions import noised, place_known, transition
 from specstream.verification.quality import AdaptiveThreshold
-
-
-@dataclass(slots=True)
-class RefinementContext(StateContext):
-    """The states of a batch, the draft they come from, and what of it is refined."""
-
-    pure: Tensor  # (B, *S) the noise that the draft was drawn from
-    drafts: Tensor  # (B, *S)
-    masks: Tensor  # (B, 1, *A) bool, what is refined
 
 
 class RefinementPipeline(DenoisingSampler):
@@ -102,28 +92,16 @@ class RefinementPipeline(DenoisingSampler):
         """Denoising steps of a sample, those of its draft included."""
         return self.rough.grid.num_steps + self.refined_steps
 
-    def _start(
-        self, indices: Sequence[int], condition: dict[str, Tensor], noise: Noise
-    ) -> RefinementContext:
-        plain = super()._start(indices, condition, noise)
-        held = {field.name: getattr(plain, field.name) for field in fields(plain)}
-        nothing = torch.zeros_like(plain.states[:, :1], dtype=torch.bool)
-        return RefinementContext(
-            **held, pure=plain.states.clone(), drafts=plain.states.clone(), masks=nothing
-        )
-
     def _rounds(self, context: StateContext, noise: Noise) -> Iterator[list[StateStep]]:
-        assert isinstance(context, RefinementContext)
         numbers, rest = context.samples.tolist(), self.refined_steps
         for step in self.rough.generate(
-            len(numbers), context.condition, seed=noise.seed, indices=numbers
+            len(numbers), context.condition, seed=noise.seed, indices=numbers, known=context.known
         ):
             self.stats.elements += 1
             yield [StateStep(step.sample, 0, 0, step.done, False)]
         self._count_draft()
-        context.drafts.copy_(self.rough.samples)
-        self._select(context)
-        refined = context.masks.flatten(1).any(1).tolist()
+        drafts = self.rough.samples.to(context.states)
+        refined = self._select(context, drafts, noise)
         yield [
             StateStep(number, rest - 1, rest - 1, self.total_steps, True)
             for number, is_refined in zip(numbers, refined, strict=True)
@@ -140,51 +118,49 @@ class RefinementPipeline(DenoisingSampler):
     def _round(
         self, context: StateContext, index: Tensor, wanted: Sequence[int], noise: Noise
     ) -> Tensor:
-        """Denoise the rows `index` (R,) by a step, and put back what is kept of their drafts."""
-        assert isinstance(context, RefinementContext)
+        """Denoise the rows `index` (R,) by a step."""
         part, nothing = context.rows(index), torch.zeros_like(index)
         states = part.states[:, None]
         estimates = self._evaluate(part, states, nothing, 0)
         law = transition(estimates[:, 0], part.states, part.steps, self.grid, self.eta)
         normals = noise.normal(part.samples, part.drawn, self.target.shape, Role.CORRECT)
-        drafts, pure = context.drafts[index], context.pure[index]
-        kept = self._noised(drafts, pure, part.steps + 1)
-        following = torch.where(context.masks[index], law.sample(normals), kept)
-        self._commit(context, index, nothing, states, estimates, following)
+        self._commit(context, index, nothing, states, estimates, law.sample(normals), noise)
         context.drawn[index] += 1
         return nothing
 
-    def _select(self, context: RefinementContext) -> None:
-        """Choose what is refined, and noise the drafts for it."""
-        drafts = context.drafts
+    def _select(self, context: StateContext, drafts: Tensor, noise: Noise) -> list[bool]:
+        """Choose what is refined of drafts (B, *S), noise them for it, and make the rest known.
+
+        The noise is what they were drawn from.  Returns of which rows something is refined.
+        """
+        pure = self._pure(context.samples, noise)
 
         def ask(level: float) -> Tensor:
             context.steps.fill_(self._nearest(level))
-            states = self._noised(drafts, context.pure, context.steps)[:, None]
+            states = noised(drafts, pure, context.steps, self.grid)[:, None]
             return self._evaluate(context, states, torch.zeros_like(context.steps), 0)[:, 0]
 
         chosen = self.threshold(self.score(drafts, self.parts, ask))
-        context.masks.copy_(self.parts.spread(chosen).to(context.masks.device))
+        masks = self.parts.spread(chosen).to(drafts.device)  # (B, 1, *A)
+        if context.known is not None:
+            masks = masks & ~context.known.given
         self._count_parts(chosen)
         start = self.grid.num_steps - self.refined_steps
         context.steps.fill_(start)
         # numbers of the draft's steps are spent
         context.drawn.fill_(self.rough.grid.num_steps)
-        noised = self._noised(drafts, context.pure, context.steps)
-        begun = noised if start else torch.where(context.masks, context.pure, noised)
-        refined = context.masks.flatten(1).any(1)
+        begun = noised(drafts, pure, context.steps, self.grid) if start else pure
+        refined = masks.flatten(1).any(1)
+        context.known = KnownParts(drafts, ~masks)
+        held = place_known(begun, context, context.steps, self.grid, self.eta, noise)
         context.states.copy_(drafts)
-        context.states[refined] = begun[refined]
+        context.states[refined] = held[refined]
+        return refined.tolist()
 
     def _nearest(self, level: float) -> int:
         """Return the step whose share of noise is nearest to `level`."""
         share = self.grid.sigmas / (self.grid.alphas + self.grid.sigmas)
         return int((share[:-1] - level).abs().argmin())
-
-    def _noised(self, drafts: Tensor, pure: Tensor, steps: Tensor) -> Tensor:
-        """Return drafts with the noise of `steps` (B,): at the last they are what they were."""
-        alphas, sigmas = self.grid.alphas[steps], self.grid.sigmas[steps]
-        return wide(alphas, drafts) * drafts + wide(sigmas, drafts) * pure
 
     def _count_draft(self) -> None:
         """Add the draft's calls: to the target's, where it drafts for itself."""

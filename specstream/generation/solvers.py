@@ -148,5 +148,5 @@ class SolverPipeline(DenoisingSampler):
         estimates = self._evaluate(part, states, counts, 0)  # (R, 1, *S)
         corrected = self.solver.estimate(estimates[:, 0], part, self.grid)
         following = transition(corrected, part.states, part.steps, self.grid, self.eta).means
-        self._commit(context, index, counts, states, estimates, following)
+        self._commit(context, index, counts, states, estimates, following, noise)
         return counts
