@@ -61,6 +61,13 @@ class MediaProcessor:
     def suffix(self) -> str:
         return SUFFIXES[self.kind]
 
+    def written_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width in which one sample is written."""
+        sides = height * self.enlarge, width * self.enlarge
+        if self.kind == "video":
+            return sides[0] + sides[0] % 2, sides[1] + sides[1] % 2  # yuv420 halves
+        return sides
+
     def class_number(self, name: str) -> int:
         """Return the number of a class by its name; ValueError names the known ones."""
         if name not in self.classes:

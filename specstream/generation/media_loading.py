@@ -40,7 +40,7 @@ from specstream.generation.solvers import (
     SolverPipeline,
 )
 from specstream.media_processor import MediaProcessor, load_media_processor
-from specstream.models.codec import PixelCodec
+from specstream.models.codec import Compression, PixelCodec
 from specstream.models.denoiser import FORM, Denoiser, load_denoiser
 from specstream.models.pretrained_denoiser import PretrainedDenoiser
 from specstream.verification.quality import AdaptiveThreshold
@@ -106,6 +106,25 @@ class MediaRun:
             return {}
         number = processor.class_number(prompt) if prompt else -1
         return {"classes": torch.full((num_samples,), number)}
+
+    @property
+    def media_shape(self) -> tuple[int, ...]:
+        """The shape of what is written: (C, H, W), (C, F, H, W), or a sound's."""
+        return self.pipeline.target.shape if self.told is None else self.told.media_shape
+
+    @property
+    def compression(self) -> Compression:
+        """What one place of a state stands for."""
+        return Compression() if self.told is None else self.told.codec.compression
+
+    @property
+    def padding(self) -> int:
+        """Frames in front of a state that stand for none."""
+        return 0 if self.told is None else self.told.padding
+
+    def encode(self, media: Tensor) -> Tensor:
+        """Return the states (B, *S) of media in -1..1: of a video perhaps its first frames only."""
+        return media if self.told is None else self.told.encode(media)
 
     def media(self, states: Tensor) -> Tensor:
         """Return what samples (B, *S) are to be written as."""

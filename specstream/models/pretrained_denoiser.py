@@ -201,14 +201,39 @@ class PretrainedDenoiser(Denoiser):
             models[self.parts.autoencoder.folder] = self.codec.model
         return models
 
+    @property
+    def padding(self) -> int:
+        """Frames in front of a state that stand for none; see `frame_count`."""
+        return (self.shape[1] + 1) % 2 if self.codec.compression.odd else 0
+
+    @property
+    def media_shape(self) -> tuple[int, ...]:
+        """The shape of what is decoded: (3, H, W), (3, F, H, W), or (channels, T) of a sound."""
+        place, axes = self.codec.compression, self.shape[1:]
+        if len(axes) == 1:
+            assert isinstance(self.codec, AutoencoderCodec)
+            return int(self.codec.model.config.audio_channels), axes[0] * place.samples
+        *frames, height, width = axes
+        lengths = [(count - self.padding - 1) * place.time + 1 for count in frames]
+        channels = self.shape[0] if isinstance(self.codec, PixelCodec) else 3
+        return (channels, *lengths, height * place.space, width * place.space)
+
+    @torch.inference_mode()
+    def encode(self, media: Tensor) -> Tensor:
+        """Return the states, float32 on the CPU, of media (B, 3, ...) in -1..1.
+
+        Of a video perhaps its first frames only; without `padding`.
+        """
+        return self.codec.encode(media.to(self.device)).cpu()
+
     @torch.inference_mode()
     def decode(self, states: Tensor) -> Tensor:
         """Return the media in -1..1 of states (B, *S), one by one, float32 on the CPU.
 
         (B, 3, H, W), (B, 3, F, H, W), or a sound (B, channels, samples) cut to its seconds.
         """
-        if self.codec.compression.odd:
-            states = states[:, :, (states.shape[2] + 1) % 2 :]  # see `frame_count`
+        if self.padding:
+            states = states[:, :, self.padding :]
         media = torch.cat(
             [self.codec.decode(state[None].to(self.device)).cpu() for state in states]
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from specstream.generation.media_given import GivenFiles
 from specstream.generation.media_loading import Refinement, Sampler, Window
 
 
@@ -39,6 +41,11 @@ class MediaOptions:
             (disagreement, unless said) or how it looks (appearance).
         refinement_strength: share of the way back to noise that refinement starts from; 0.6 unless
             said.
+        image: a file of which a part is kept (inpainting): a picture, of a video model a video, of
+            a sound model a sound.
+        mask: a picture (of a video model also a video) of the same size, white where something is
+            to be made; of a sound its columns are stretches of time.
+        first_frame: a picture that a video begins with.
     """
 
     samples: int = 1
@@ -55,6 +62,9 @@ class MediaOptions:
     refinement_threshold: float | None = None
     refinement_score: Literal["disagreement", "appearance"] | None = None
     refinement_strength: float | None = None
+    image: str | None = None
+    mask: str | None = None
+    first_frame: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "steps", "draft_steps", "main_steps", "devices"):
@@ -69,6 +79,7 @@ class MediaOptions:
                 raise ValueError(f"media.{name} must be a finite number, got {value}")
         if isinstance(self.window, int) and not 0 <= self.window <= 64:
             raise ValueError(f"media.window must be in 0..64, got {self.window}")
+        self._check_given()
         if self.main_steps is not None and self.steps != MediaOptions.steps:
             raise ValueError("media.main_steps and media.steps are the same: give one of them")
         refines = self.refinement is not None
@@ -80,6 +91,23 @@ class MediaOptions:
         for name in ("free_draft", "window", "tolerance"):
             if refines and getattr(self, name) is not None:
                 raise ValueError(f"media.{name} is for drafted steps, and this is a refinement")
+
+    def _check_given(self) -> None:
+        if self.mask is not None and self.image is None:
+            raise ValueError("media.mask says what of media.image is to be made: give both")
+        if self.image is not None and self.mask is None:
+            raise ValueError("media.image needs media.mask, white where something is to be made")
+        if self.image is not None and self.first_frame is not None:
+            raise ValueError("give media.image with media.mask, or media.first_frame; not both")
+        for name in ("image", "mask", "first_frame"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_file():
+                raise ValueError(f"media.{name}: there is no file '{path}'")
+
+    @property
+    def given(self) -> GivenFiles:
+        """Files of what is given of each sample."""
+        return GivenFiles(self.image, self.mask, self.first_frame)
 
     @property
     def num_steps(self) -> int:

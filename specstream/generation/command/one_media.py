@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from specstream.generation.command.one_prompt import INTERRUPTED
 from specstream.generation.command.options import Options, wrong
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
+from specstream.generation.media_given import Asked, asked_for
 from specstream.generation.media_loading import MediaRun
 from specstream.generation.refinement import RefinementPipeline
 from specstream.generation.solvers import SolverPipeline
@@ -42,16 +42,17 @@ def generate_media(run: MediaRun, options: Options) -> int:
     Raises ValueError for a prompt that the model does not know, or a file it cannot write.
     """
     path = output_path(options, run.processor)
-    condition = run.condition(options.prompt or "", options.media.samples)
+    media = options.media
+    asked = asked_for(run, options.prompt or "", media.given, media.samples)
     refines = isinstance(run.pipeline, RefinementPipeline)
     if options.compare and is_plain(run.pipeline):
         raise ValueError("compare: this is the plain target already, there is no drafter")
     rows: list[Sampled] = []
     try:
-        first = show_progress(run.pipeline, condition, options)
+        first = show_progress(run.pipeline, asked, options)
         if options.compare:
             say("comparing with the plain target ...")
-            rows = compare(run.pipeline, condition, options)
+            rows = compare(run.pipeline, asked, options)
     except KeyboardInterrupt:
         say("interrupted; nothing was written")
         return INTERRUPTED
@@ -94,9 +95,7 @@ def output_path(options: Options, processor: MediaProcessor) -> Path:
     return path
 
 
-def show_progress(
-    pipeline: DenoisingSampler, condition: Mapping[str, Tensor], options: Options
-) -> Tensor:
+def show_progress(pipeline: DenoisingSampler, asked: Asked, options: Options) -> Tensor:
     """Sample once with a bar that counts steps, and shows rounds and acceptance."""
     samples = options.media.samples
     steps = pipeline.grid.num_steps
@@ -111,7 +110,9 @@ def show_progress(
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=samples * steps, values="")
-        for step in pipeline.generate(samples, condition, seed=options.seed):
+        for step in pipeline.generate(
+            samples, asked.condition, seed=options.seed, known=asked.known
+        ):
             stats = pipeline.stats
             kept = "" if stats.acceptance is None else f", {stats.acceptance:.0%} of drafts stand"
             values = f"{stats.target_calls} rounds{kept}"
@@ -119,12 +120,14 @@ def show_progress(
     return pipeline.samples
 
 
-def compare(
-    pipeline: DenoisingSampler, condition: Mapping[str, Tensor], options: Options
-) -> list[Sampled]:
+def compare(pipeline: DenoisingSampler, asked: Asked, options: Options) -> list[Sampled]:
     """Time the pipeline, the plain target, and the plain target with as many steps as rounds."""
     media = options.media
-    pipeline.complete(media.samples, condition, seed=options.seed)
+
+    def sampled(way: DenoisingSampler) -> Tensor:
+        return way.complete(media.samples, asked.condition, seed=options.seed, known=asked.known)
+
+    sampled(pipeline)
     rounds = round(pipeline.stats.target_calls / max(1, -(-media.samples // pipeline.batch_size)))
 
     def plain(num_steps: int) -> DenoisingPipeline:
@@ -139,7 +142,7 @@ def compare(
     found = {}
     for _ in range(REPEATS):
         for name, way in ways.items():
-            found[name] = way.complete(media.samples, condition, seed=options.seed)
+            found[name] = sampled(way)
             seconds[name].append(way.stats.seconds)
     return [
         Sampled(name, found[name], way.stats, statistics.median(seconds[name]))
