@@ -41,6 +41,14 @@ COGVIDEOX = {
     "sample_frames": 9,
     "max_text_seq_length": 5,
 }
+COGVIDEOX_CODEC = {
+    "block_out_channels": (4, 4, 4, 4),
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "temporal_compression_ratio": 4,
+    "scaling_factor": 0.7,
+}
 FLUX = {
     "in_channels": 16,
     "num_layers": 1,
@@ -103,6 +111,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     "CogVideoXTransformer3DModel:rotary": COGVIDEOX | {"use_rotary_positional_embeddings": True},
     "CogVideoXTransformer3DModel:1.5": COGVIDEOX
     | {"use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False},
+    "CogVideoXTransformer3DModel:continues": COGVIDEOX
+    | {"use_rotary_positional_embeddings": True, "in_channels": 8},
     "StableAudioDiTModel": {
         "sample_size": 8,
         "in_channels": 4,
@@ -151,14 +161,8 @@ OPTIONS: dict[str, dict[str, object]] = {
         "latents_mean": [0.1, 0.2, 0.3, 0.4],
         "latents_std": [1.0, 2.0, 3.0, 4.0],
     },
-    "AutoencoderKLCogVideoX": {
-        "block_out_channels": (4, 4, 4, 4),
-        "latent_channels": 4,
-        "layers_per_block": 1,
-        "norm_num_groups": 2,
-        "temporal_compression_ratio": 4,
-        "scaling_factor": 0.7,
-    },
+    "AutoencoderKLCogVideoX": COGVIDEOX_CODEC,
+    "AutoencoderKLCogVideoX:inverted": COGVIDEOX_CODEC | {"invert_scale_latents": True},
     "AutoencoderOobleck": {
         "encoder_hidden_size": 8,  # two numbers for each latent
         "downsampling_ratios": [2, 4],
@@ -172,10 +176,15 @@ OPTIONS: dict[str, dict[str, object]] = {
 
 
 def save_pipeline(
-    folder: Path, pipeline: str, scheduler: dict[str, object], **parts: nn.Module
+    folder: Path,
+    pipeline: str,
+    scheduler: dict[str, object],
+    options: dict[str, object] | None = None,
+    **parts: nn.Module,
 ) -> Path:
     """Write a pipeline's folder as `diffusers` does: an index, configs and weights."""
     index: dict[str, object] = {"_class_name": pipeline, "_diffusers_version": "0.42.0"}
+    index |= options or {}
     for name, part in parts.items():
         part.save_pretrained(folder / name)
         index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]

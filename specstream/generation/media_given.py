@@ -17,6 +17,7 @@ from torch import Tensor
 from specstream.generation.media_loading import MediaRun
 from specstream.media_reader import read_mask, read_picture, read_sound, read_video
 from specstream.models.codec import Compression
+from specstream.models.diffusers_network import FIRST_FRAME
 from specstream.structures import KnownParts
 
 
@@ -42,16 +43,25 @@ def asked_for(run: MediaRun, prompt: str, files: GivenFiles, num_samples: int) -
 
     Raises ValueError in one line for a prompt or files that the model can do nothing with.
     """
-    known = None
+    known, shown, network = None, None, None if run.told is None else run.told.network
     if files.first_frame is not None:
-        known = known_first_frame(run, files.first_frame)
+        states = first_frame(run, files.first_frame)
+        if network is None or FIRST_FRAME not in network.needs:  # which is to make it after that
+            known = in_place(run, states, torch.ones_like(states[:, :1], dtype=torch.bool))
+        if network is not None and FIRST_FRAME in (*network.needs, *network.may_see):
+            shown = run.told.first_frame(states)
     elif files.image is not None:
         assert files.mask is not None, "the options ask for both"
         known = known_parts(run, files.image, files.mask)
     if known is not None:
         data, given = (x.expand(num_samples, *x.shape[1:]) for x in (known.data, known.given))
         known = KnownParts(data, given)
-    return Asked(run.condition(prompt, num_samples), known)
+    if shown is None and network is not None and FIRST_FRAME in network.needs:
+        refuse("first_frame", "this model goes on from a picture: give one")
+    condition = run.condition(prompt, num_samples)
+    if shown is not None:
+        condition[FIRST_FRAME] = shown.expand(num_samples, *shown.shape[1:])
+    return Asked(condition, known)
 
 
 def known_parts(run: MediaRun, path: str, mask: str) -> KnownParts:
@@ -68,13 +78,14 @@ def known_parts(run: MediaRun, path: str, mask: str) -> KnownParts:
     return in_place(run, run.encode(media[None]), given[None])
 
 
-def known_first_frame(run: MediaRun, path: str) -> KnownParts:
-    """Return what the first frame of a video gives, as one row."""
+def first_frame(run: MediaRun, path: str) -> Tensor:
+    """Return the state (1, C, 1, H, W) of the picture that a video is to begin with."""
     if run.processor.kind != "video":
         refuse("first_frame", f"is for videos, and this model makes {run.processor.suffix} files")
+    if run.media_shape[1] == 1:
+        refuse("first_frame", "videos of one frame are asked for, so there is nothing to make")
     picture = read_picture(path, run.media_shape[0])
-    states = run.encode(fitted(run, "first_frame", path, picture[:, None])[None])
-    return in_place(run, states, torch.ones_like(states[:, :1], dtype=torch.bool))
+    return run.encode(fitted(run, "first_frame", path, picture[:, None])[None])
 
 
 def in_place(run: MediaRun, states: Tensor, given: Tensor) -> KnownParts:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
+FIRST_FRAME = "first_frame"  # (R, C, 1, H, W) latents of the picture that a video begins with
 TIMES = 1000.0  # what a network that counts in shares divides a time by
 
 
@@ -46,6 +47,7 @@ class DiffusersNetwork(nn.Module, ABC):
         space, time: how many pixels and frames one place of a state stands for.
         frame_rate: frames a second of a video.
         guidance: the weight of the prompt that a distilled network is told of.
+        expand_timesteps: whether a Wan network was trained to be told a time for each place.
 
     Raises ValueError for a network that wants more than a state, a time and a text or class.
     """
@@ -59,6 +61,7 @@ class DiffusersNetwork(nn.Module, ABC):
         time: int = 1,
         frame_rate: float = 25.0,
         guidance: float = 3.5,
+        expand_timesteps: bool = False,
     ) -> None:
         super().__init__()
         self.form(model.config)
@@ -67,6 +70,12 @@ class DiffusersNetwork(nn.Module, ABC):
         self.time = time
         self.frame_rate = frame_rate
         self.guidance = guidance
+        self.expand_timesteps = expand_timesteps
+
+    @property
+    def may_see(self) -> tuple[str, ...]:
+        """The conditions that a call may name beside those it needs."""
+        return ()
 
     @staticmethod
     @abstractmethod
@@ -76,7 +85,7 @@ class DiffusersNetwork(nn.Module, ABC):
     def check(self, condition: Mapping[str, Tensor]) -> None:
         """Raise ValueError for a condition that is missing, or that the network does not take."""
         missing = [name for name in self.needs if name not in condition]
-        unknown = [name for name in condition if name not in self.needs]
+        unknown = [name for name in condition if name not in (*self.needs, *self.may_see)]
         kind = type(self.model).__name__
         if missing:
             raise ValueError(f"{kind} needs {' and '.join(self.needs)}; {missing[0]} is missing")
@@ -86,6 +95,8 @@ class DiffusersNetwork(nn.Module, ABC):
 
     def unconditional(self, name: str, value: Tensor) -> Tensor:
         """Return what an empty prompt says in place of `value` (R, ...), where that is known."""
+        if name == FIRST_FRAME:
+            return value
         raise ValueError(
             f"guidance needs the {name} of an empty prompt, which {type(self.model).__name__} "
             "does not know by itself"

@@ -12,16 +12,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specstream.models.diffusers_network import TIMES, DiffusersNetwork, StateForm, plain_channels
+from specstream.models.diffusers_network import (
+    FIRST_FRAME,
+    TIMES,
+    DiffusersNetwork,
+    StateForm,
+    plain_channels,
+)
+
+
+def begun(
+    states: Tensor, times: Tensor, first_frame: Tensor | None, num_places: int
+) -> tuple[Tensor, Tensor]:
+    """Return states (R, C, F, H, W) that begin with a frame (R, C, 1, H, W), and their times.
+
+    Times (R,) become (R, places), `num_places` of a frame: of that frame they are 0, as it holds
+    no noise.  Without a frame both are what they were.
+    """
+    if first_frame is None:
+        return states, times
+    told = times[:, None].repeat(1, num_places * states.shape[2])
+    told[:, :num_places] = 0
+    return torch.cat([first_frame.to(states), states[:, :, 1:]], 2), told
 
 
 class LTXTransformer(DiffusersNetwork):
     """LTXVideoTransformer3DModel: latents (R, C, F, H, W), of which it sees a sequence of places.
 
-    Told prompt_embeds (R, T, D) and prompt_mask (R, T), 0 where the prompt has ended.
+    Told prompt_embeds (R, T, D) and prompt_mask (R, T), 0 where the prompt has ended.  It may be
+    shown a first frame, in place of the state's own and without noise.
     """
 
     needs = ("prompt_embeds", "prompt_mask")
+    may_see = (FIRST_FRAME,)
 
     @staticmethod
     def form(config: Mapping[str, Any]) -> StateForm:
@@ -31,13 +54,19 @@ class LTXTransformer(DiffusersNetwork):
         return StateForm(plain_channels(kind, config), (1, 1, 1))
 
     def forward(
-        self, states: Tensor, times: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor
+        self,
+        states: Tensor,
+        times: Tensor,
+        prompt_embeds: Tensor,
+        prompt_mask: Tensor,
+        first_frame: Tensor | None = None,
     ) -> Tensor:
         frames, height, width = states.shape[2:]
+        states, told = begun(states, times[:, 0], first_frame, height * width)
         output = self.model(
             states.flatten(2).transpose(1, 2),
             prompt_embeds.to(states),
-            times[:, 0],
+            told,
             prompt_mask.to(states.device),
             num_frames=frames,
             height=height,
@@ -49,9 +78,16 @@ class LTXTransformer(DiffusersNetwork):
 
 
 class WanTransformer(DiffusersNetwork):
-    """WanTransformer3DModel: latents (R, C, F, H, W) under prompt_embeds (R, T, D)."""
+    """WanTransformer3DModel: latents (R, C, F, H, W) under prompt_embeds (R, T, D).
+
+    That of Wan 2.2 with 5 B parameters may be shown a first frame as LTX is.
+    """
 
     needs = ("prompt_embeds",)
+
+    @property
+    def may_see(self) -> tuple[str, ...]:
+        return (FIRST_FRAME,) if self.expand_timesteps else ()
 
     @staticmethod
     def form(config: Mapping[str, Any]) -> StateForm:
@@ -60,14 +96,30 @@ class WanTransformer(DiffusersNetwork):
             raise ValueError(f"{kind}: one that continues an image (image_dim) is not supported")
         return StateForm(plain_channels(kind, config), tuple(config["patch_size"]))
 
-    def forward(self, states: Tensor, times: Tensor, prompt_embeds: Tensor) -> Tensor:
-        return self.model(states, times[:, 0], prompt_embeds.to(states), return_dict=False)[0]
+    def forward(
+        self,
+        states: Tensor,
+        times: Tensor,
+        prompt_embeds: Tensor,
+        first_frame: Tensor | None = None,
+    ) -> Tensor:
+        _, side, other = self.model.config.patch_size
+        places = states.shape[3] // side * (states.shape[4] // other)
+        states, told = begun(states, times[:, 0], first_frame, places)
+        return self.model(states, told, prompt_embeds.to(states), return_dict=False)[0]
 
 
 class CogVideoXTransformer(DiffusersNetwork):
-    """CogVideoXTransformer3DModel: latents (R, C, F, H, W) under prompt_embeds (R, T, D)."""
+    """CogVideoXTransformer3DModel: latents (R, C, F, H, W) under prompt_embeds (R, T, D).
 
-    needs = ("prompt_embeds",)
+    One of twice as many channels is also shown a first frame, beside the state; the first frame
+    that it makes is its own.
+    """
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        shown = self.model.config.in_channels == 2 * self.model.config.out_channels
+        return ("prompt_embeds", FIRST_FRAME) if shown else ("prompt_embeds",)
 
     @staticmethod
     def form(config: Mapping[str, Any]) -> StateForm:
@@ -75,19 +127,27 @@ class CogVideoXTransformer(DiffusersNetwork):
         side, frames = config["patch_size"], config.get("patch_size_t") or 1
         if config.get("ofs_embed_dim") is not None:
             raise ValueError(f"{kind}: one that continues an image (ofs) is not supported")
+        shown = config["in_channels"] == 2 * (config.get("out_channels") or config["in_channels"])
+        channels = config["out_channels"] if shown else plain_channels(kind, config)
         length = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
         size = (length, config["sample_height"], config["sample_width"])
-        rotary = config["use_rotary_positional_embeddings"]
-        return StateForm(
-            plain_channels(kind, config),
-            (frames, side, side),
-            size,
-            fixed=not rotary and bool(config["use_learned_positional_embeddings"]),
-        )
+        learned = bool(config["use_learned_positional_embeddings"])
+        return StateForm(channels, (frames, side, side), size, fixed=learned)
 
-    def forward(self, states: Tensor, times: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def forward(
+        self,
+        states: Tensor,
+        times: Tensor,
+        prompt_embeds: Tensor,
+        first_frame: Tensor | None = None,
+    ) -> Tensor:
+        seen = states
+        if first_frame is not None:
+            shown = torch.zeros_like(states)
+            shown[:, :, :1] = first_frame
+            seen = torch.cat([states, shown], 1)
         output = self.model(
-            states.transpose(1, 2),  # (R, F, C, H, W)
+            seen.transpose(1, 2),  # (R, F, C, H, W)
             prompt_embeds.to(states),
             times[:, 0],
             image_rotary_emb=self._rotary(states),

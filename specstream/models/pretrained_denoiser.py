@@ -93,7 +93,8 @@ class PretrainedDenoiser(Denoiser):
         schedule = shifted(schedule, shift)
         stored = None if conditions is None else read_conditions(conditions)
         model = load_part(path, parts.network, resolve_dtype(dtype, device))
-        network = kind(model, compression.space, compression.time, frame_rate, prompt_weight)
+        place = (compression.space, compression.time)
+        network = kind(model, *place, frame_rate, prompt_weight, parts.expand_timesteps)
         super().__init__(network, schedule, shape, prediction, clip_of(parts.scheduler))
         self.codec = load_codec(parts, resolve_dtype(codec_dtype, device), tile)
         self.parts = parts
@@ -225,6 +226,15 @@ class PretrainedDenoiser(Denoiser):
         Of a video perhaps its first frames only; without `padding`.
         """
         return self.codec.encode(media.to(self.device)).cpu()
+
+    def first_frame(self, states: Tensor) -> Tensor:
+        """Return what a network is shown of a first frame, whose state is (B, C, 1, H, W).
+
+        Some networks were trained on latents that were scaled the wrong way round (CogVideoX).
+        """
+        config = {} if self.parts.autoencoder is None else self.parts.autoencoder.config
+        inverted = config.get("invert_scale_latents")
+        return states / config["scaling_factor"] ** 2 if inverted else states
 
     @torch.inference_mode()
     def decode(self, states: Tensor) -> Tensor:

@@ -52,8 +52,10 @@ PIPELINES = (  # others tell the same networks other things
     "StableDiffusionXLPipeline",
     "FluxPipeline",
     "LTXPipeline",
+    "LTXImageToVideoPipeline",
     "WanPipeline",
     "CogVideoXPipeline",
+    "CogVideoXImageToVideoPipeline",
     "StableAudioPipeline",
 )
 
@@ -83,6 +85,7 @@ class Parts:
     network: Part
     scheduler: dict[str, Any]
     autoencoder: Part | None
+    expand_timesteps: bool = False  # whether a Wan network was trained to be told a time per place
 
 
 def read_parts(path: str) -> Parts:
@@ -122,6 +125,7 @@ def read_parts(path: str) -> Parts:
             read_part(path, network, named(index, network)),
             dict(scheduler),
             read_part(path, autoencoder, named(index, autoencoder)) if autoencoder else None,
+            bool(index.get("expand_timesteps")),
         )
 
 

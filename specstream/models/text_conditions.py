@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 NEGATIVE = "negative_"  # of the names in a file
 Told = dict[str, Tensor]
-LENGTHS = {"WanPipeline": 512, "CogVideoXPipeline": 226}  # tokens of a prompt, as they were trained
+LENGTHS = {  # tokens of a prompt, as they were trained
+    "WanPipeline": 512,
+    "CogVideoXPipeline": 226,
+    "CogVideoXImageToVideoPipeline": 226,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +166,9 @@ def encode_sound(
 ENCODERS = {
     "WanPipeline": encode_plain,
     "CogVideoXPipeline": encode_plain,
+    "CogVideoXImageToVideoPipeline": encode_plain,
     "LTXPipeline": encode_masked,
+    "LTXImageToVideoPipeline": encode_masked,
     "FluxPipeline": encode_pooled,
     "StableDiffusionPipeline": encode_stable,
     "StableDiffusionXLPipeline": encode_stable_xl,
