@@ -78,7 +78,8 @@ class MediaDataModule(L.LightningDataModule):
     Args:
         source: where the media come from.
         sources: instead of one, several of one kind and with the same classes, of whatever sizes
-            and durations; the first one's shape is what a trained model is asked for.
+            and durations; the first one's shape is what a trained model makes unless another of
+            them is asked for.
         batch_size: B, rows of each process.
         validation_fraction: share held out, chosen by a hash of the samples' numbers.
         num_workers: processes that make batches; 0 makes them in this one.
@@ -132,6 +133,11 @@ class MediaDataModule(L.LightningDataModule):
     def shape(self) -> tuple[int, ...]:
         """S, of the first source's samples."""
         return tuple(self.samples.states.shape[1:])
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """S of every bucket."""
+        return [tuple(bucket.samples.states.shape[1:]) for bucket in self.buckets]
 
     def numbers(self, held_out: bool, bucket: int = 0) -> np.ndarray:
         """Return where the samples of a bucket lie that are held out, or the others."""

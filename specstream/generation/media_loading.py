@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -43,6 +43,7 @@ from specstream.media_processor import MediaProcessor, load_media_processor
 from specstream.models.codec import Compression, PixelCodec
 from specstream.models.denoiser import FORM, Denoiser, load_denoiser
 from specstream.models.pretrained_denoiser import PretrainedDenoiser
+from specstream.models.state_shape import MediaSize, shape_of_size
 from specstream.verification.quality import AdaptiveThreshold
 
 WINDOW = 8  # drafted steps a round, unless said; the most where measured costs choose
@@ -77,6 +78,8 @@ class SamplerOptions:
     refinement: Refinement | None = None
     batch_size: int = MOST_AT_ONCE
     devices: int = 1
+    size: MediaSize = field(default_factory=MediaSize)
+    frame_rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +165,8 @@ def load_media_run(
     else:
         path = str(folder / "model" if (folder / "model").is_dir() else folder)
         target = load_denoiser(path, place)
-    processor = load_media_processor(path)
+    processor = played(load_media_processor(path), options.frame_rate)
+    resize(target, drafter, processor, options.size)
     if options.guidance != 1 and not (processor.classes or processor.text_size):
         raise ValueError("guidance is the weight of a prompt, and this model takes none")
     return MediaRun(media_sampler(target, drafter, processor, options), processor)
@@ -176,7 +180,32 @@ def media_of_target(target: PretrainedDenoiser, options: SamplerOptions) -> Medi
         raise ValueError("refinement_score appearance looks at pixels; this target makes latents")
     rate = target.codec.compression.sample_rate or MediaProcessor.sample_rate
     processor = MediaProcessor(target.kind, target.frame_rate, rate)
+    processor = played(processor, options.frame_rate)
     return MediaRun(media_sampler(target, None, processor, options), processor, target)
+
+
+def played(processor: MediaProcessor, frame_rate: float | None) -> MediaProcessor:
+    """Return a processor of videos of that many frames a second; ValueError for other media."""
+    if frame_rate is None:
+        return processor
+    if processor.kind != "video":
+        raise ValueError(f"frame_rate is for videos, and this model makes {processor.suffix} files")
+    return replace(processor, frame_rate=frame_rate)
+
+
+def resize(
+    target: Denoiser, drafter: StateDrafter | None, processor: MediaProcessor, size: MediaSize
+) -> None:
+    """Have models make another of the sizes that they were trained on; ValueError for others."""
+    if size == MediaSize():
+        return
+    if processor.kind == "audio":
+        raise ValueError("this model makes sounds of one length, which have no other size")
+    models = [target]
+    if isinstance(drafter, IndependentDenoiser):
+        models.append(drafter.denoiser)
+    for model in models:
+        model.shape = shape_of_size((model.shape, *model.other_shapes), size)
 
 
 def media_sampler(

@@ -56,6 +56,7 @@ class Denoiser(nn.Module):
         self.shape = tuple(shape)
         self.prediction = prediction
         self.clip = clip
+        self.other_shapes: tuple[tuple[int, ...], ...] = ()  # that it was trained on too
         self.path: str | None = None
         self._spread: SpreadNetwork | None = None
 
@@ -134,6 +135,8 @@ class Denoiser(nn.Module):
             "prediction": self.prediction.value,
             "clip": self.clip,
         }
+        if self.other_shapes:
+            form["other_shapes"] = [list(shape) for shape in self.other_shapes]
         (folder / FORM).write_text(json.dumps(form, indent=2) + "\n")
         save_file(
             {name: value.contiguous() for name, value in self.network.state_dict().items()},
@@ -157,5 +160,6 @@ def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoi
         network.load_state_dict(load_file(folder / WEIGHTS))
         prediction = Prediction(form["prediction"])
         denoiser = Denoiser(network, schedule, form["shape"], prediction, form.get("clip"))
+        denoiser.other_shapes = tuple(tuple(shape) for shape in form.get("other_shapes", ()))
     denoiser.path = str(path)
     return denoiser.to(device)

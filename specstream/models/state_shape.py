@@ -13,7 +13,7 @@ from specstream.models.codec import Compression
 from specstream.models.diffusers_network import StateForm
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MediaSize:
     """What is to be made; None: what the network was trained to make, where its config says so."""
 
@@ -21,6 +21,23 @@ class MediaSize:
     width: int | None = None
     num_frames: int | None = None
     seconds: float | None = None
+
+
+def shape_of_size(shapes: Sequence[tuple[int, ...]], size: MediaSize) -> tuple[int, ...]:
+    """Return the first shape, (C, H, W) or (C, F, H, W), that has a size.
+
+    Raises ValueError where there is none, and names the sizes that there are.
+    """
+    given = {name: value for name, value in vars(size).items() if value is not None}
+    names = ("num_frames", "height", "width")
+    for shape in shapes:
+        sides = dict(zip(names[-len(shape) + 1 :], shape[1:], strict=True))
+        if all(sides.get(name) == value for name, value in given.items()):
+            return shape
+    axes = names[-len(shapes[0]) + 1 :]
+    made = [" ".join(f"{n} {side}" for n, side in zip(axes, s[1:], strict=True)) for s in shapes]
+    asked = " ".join(f"{name} {value}" for name, value in given.items())
+    raise ValueError(f"this model was trained to make {', or '.join(made)}, not {asked}")
 
 
 def state_shape(form: StateForm, compression: Compression, size: MediaSize) -> tuple[int, ...]:

@@ -76,7 +76,7 @@ class DenoisingModule(SummedLossModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         shape = data.shape
         check_network(self.denoiser.network, data, shape[0], shape[0], 1)
-        self.denoiser.shape = shape
+        self.denoiser.shape, self.denoiser.other_shapes = shape, tuple(data.shapes[1:])
         if self.target is not None and self.target.shape != shape:
             raise ValueError(
                 f"the target's states are {list(self.target.shape)}, the data's {list(shape)}"

@@ -101,6 +101,7 @@ def test_a_module_of_one_source_keeps_its_numbers_and_held_out_samples() -> None
 def test_several_sources_are_one_kind() -> None:
     module = MediaDataModule(sources=SOURCES, batch_size=2)
     assert [len(bucket.keys) for bucket in module.buckets] == [30, 13] and module.shape == SMALL
+    assert module.shapes == [SMALL, LARGE]
     with pytest.raises(ValueError, match="the kind of source 2 is 'video', that of the first"):
         MediaDataModule(
             sources=[SOURCES[0], Numbered(3, (1, 2, 2, 2), kind=MediaProcessor("video"))]

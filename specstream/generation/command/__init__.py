@@ -120,6 +120,8 @@ def make_media_run(options: Options, target: PretrainedDenoiser | None) -> Media
         free_draft=media.free_draft,
         window=media.window,
         refinement=media.refinement,
+        size=media.size,
+        frame_rate=media.frame_rate,
         batch_size=small if target is None else options.batch_size,
         devices=media.devices,
     )

@@ -9,6 +9,9 @@ from typing import Literal
 
 from specstream.generation.media_given import GivenFiles
 from specstream.generation.media_loading import Refinement, Sampler, Window
+from specstream.models.state_shape import MediaSize
+
+SIZES = ("height", "width", "num_frames", "frame_rate", "seconds")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class MediaOptions:
         mask: a picture (of a video model also a video) of the same size, white where something is
             to be made; of a sound its columns are stretches of time.
         first_frame: a picture that a video begins with.
+        height, width: of what is made, in pixels; of a small model, one of those it was trained on.
+        num_frames: of a video.
+        frame_rate: frames a second of a video.
+        seconds: of a sound that a model of diffusers makes.
     """
 
     samples: int = 1
@@ -65,6 +72,11 @@ class MediaOptions:
     image: str | None = None
     mask: str | None = None
     first_frame: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    frame_rate: float | None = None
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "steps", "draft_steps", "main_steps", "devices"):
@@ -80,6 +92,10 @@ class MediaOptions:
         if isinstance(self.window, int) and not 0 <= self.window <= 64:
             raise ValueError(f"media.window must be in 0..64, got {self.window}")
         self._check_given()
+        for name in SIZES:
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1_000_000:
+                raise ValueError(f"media.{name} must be positive, got {value}")
         if self.main_steps is not None and self.steps != MediaOptions.steps:
             raise ValueError("media.main_steps and media.steps are the same: give one of them")
         refines = self.refinement is not None
@@ -103,6 +119,11 @@ class MediaOptions:
             path = getattr(self, name)
             if path is not None and not Path(path).is_file():
                 raise ValueError(f"media.{name}: there is no file '{path}'")
+
+    @property
+    def size(self) -> MediaSize:
+        """What is to be made."""
+        return MediaSize(self.height, self.width, self.num_frames, self.seconds)
 
     @property
     def given(self) -> GivenFiles:

@@ -16,7 +16,7 @@ from specstream.config_errors import ConfigError, OneLineErrors, constructor_ref
 from specstream.drafters import StoredDrafter
 from specstream.generation.batch import Limits
 from specstream.generation.command.canvas_options import CanvasOptions
-from specstream.generation.command.media_options import MediaOptions
+from specstream.generation.command.media_options import SIZES, MediaOptions
 from specstream.generation.lengths import CostModelLength, DraftLength, FixedLength
 from specstream.generation.loading import find_device, spread_devices
 from specstream.generation.masked import Sampler
@@ -162,6 +162,9 @@ def parse_options(arguments: list[str]) -> Options:
     for key in ("dtype", "attn_implementation"):
         if parsed[key] is not None:
             set_in_models([parsed["target"], parsed["drafter"]], key, parsed[key])
+    for key in SIZES:
+        if parsed["media"][key] is not None:
+            set_in_models(parsed["target"], key, parsed["media"][key])
     if parsed["device"] != "auto":
         set_in_models([parsed["target"], parsed["drafter"]], "device", parsed["device"])
     try:
