@@ -1,4 +1,7 @@
-"""Files and folders that are written whole or not at all, and read with one line of error."""
+"""Files and folders that are written whole or not at all, and read with one line of error.
+
+Also the packages that know the formats of videos and sounds, or one line where they are missing.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 LONGEST_REASON = 200
@@ -61,6 +65,30 @@ def one_line(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise ValueError(f"{what}: {first_line(error)}") from error
+
+
+def video_package() -> ModuleType:
+    """Return the package that runs ffmpeg; ValueError where it, or ffmpeg, is missing."""
+    try:
+        import imageio_ffmpeg
+
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "videos need the package imageio-ffmpeg, which is not installed"
+        ) from error
+    except (RuntimeError, OSError) as error:
+        raise ValueError("videos need ffmpeg, which is not installed") from error
+    return imageio_ffmpeg
+
+
+def sound_package() -> ModuleType:
+    """Return the package that reads and writes wav; ValueError where it is missing."""
+    try:
+        import soundfile
+    except (ModuleNotFoundError, OSError) as error:
+        raise ValueError("sounds need the package soundfile, which is not installed") from error
+    return soundfile
 
 
 def first_line(error: Exception) -> str:

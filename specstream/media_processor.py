@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specstream.files import sound_package, video_package
 from specstream.spectrogram import LogMel
 
 if TYPE_CHECKING:
@@ -68,6 +69,13 @@ class MediaProcessor:
             return sides[0] + sides[0] % 2, sides[1] + sides[1] % 2  # yuv420 halves
         return sides
 
+    def check_writer(self) -> None:
+        """Raise ValueError where a package that writing needs is missing."""
+        if self.kind == "video":
+            video_package()
+        if self.kind == "audio":
+            sound_package()
+
     def class_number(self, name: str) -> int:
         """Return the number of a class by its name; ValueError names the known ones."""
         if name not in self.classes:
@@ -104,38 +112,28 @@ class MediaProcessor:
             Image.fromarray(frames[..., 0] if frames.shape[-1] == 1 else frames).save(new)
 
     def _write_video(self, frames: NDArray[np.uint8], path: Path) -> None:
-        try:
-            import imageio_ffmpeg
-        except ModuleNotFoundError as error:
-            raise ValueError("writing mp4 needs the package imageio-ffmpeg") from error
+        ffmpeg = video_package()
         if frames.shape[-1] == 1:
             frames = frames.repeat(3, -1)
         height, width = frames.shape[1:3]
         frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))  # yuv420 halves
         with whole_file(path) as new:
-            try:
-                writer = imageio_ffmpeg.write_frames(
-                    str(new),
-                    (frames.shape[2], frames.shape[1]),
-                    fps=self.frame_rate,
-                    quality=8,
-                    macro_block_size=2,
-                )
-                writer.send(None)
-            except (RuntimeError, FileNotFoundError) as error:
-                raise ValueError("writing mp4 needs ffmpeg, which is not installed") from error
+            writer = ffmpeg.write_frames(
+                str(new),
+                (frames.shape[2], frames.shape[1]),
+                fps=self.frame_rate,
+                quality=8,
+                macro_block_size=2,
+            )
+            writer.send(None)
             for frame in frames:
                 writer.send(np.ascontiguousarray(frame))
             writer.close()
 
     def _write_sound(self, wave: Tensor, path: Path) -> None:
-        try:
-            import soundfile
-        except (ModuleNotFoundError, OSError) as error:
-            raise ValueError("writing wav needs the package soundfile") from error
         with whole_file(path) as new:
             channels = wave.clamp(-1, 1).cpu().numpy().T  # (T, C)
-            soundfile.write(new, channels, self.sample_rate, "PCM_16")
+            sound_package().write(new, channels, self.sample_rate, "PCM_16")
 
     def save(self, folder: Path) -> None:
         """Write the record that `load_media_processor` reads."""

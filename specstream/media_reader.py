@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specstream.files import one_line
+from specstream.files import one_line, sound_package, video_package
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 
@@ -39,10 +39,9 @@ def read_picture(path: str, channels: int) -> Tensor:
 
 def read_video(path: str, channels: int) -> Tensor:
     """Return a video (C, F, H, W), grey where there is one channel."""
-    import imageio_ffmpeg
-
+    ffmpeg = video_package()
     with one_line(f"cannot read the video '{path}'"):
-        frames = imageio_ffmpeg.read_frames(path)
+        frames = ffmpeg.read_frames(path)
         width, height = next(frames)["size"]
         pixels = np.stack([np.frombuffer(f, np.uint8).reshape(height, width, 3) for f in frames])
     moved = to_numbers(torch.from_numpy(pixels).movedim(-1, 0))
@@ -51,10 +50,9 @@ def read_video(path: str, channels: int) -> Tensor:
 
 def read_sound(path: str) -> Sound:
     """Return a sound with its sample rate."""
-    import soundfile
-
+    package = sound_package()
     with one_line(f"cannot read the sound '{path}'"):
-        wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        wave, rate = package.read(path, dtype="float32", always_2d=True)
     return Sound(torch.from_numpy(wave.T.copy()), rate)
 
 

@@ -1,6 +1,7 @@
 """generate.py on a diffusion model: the files it writes, what it compares, and what it refuses."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from specstream.cli import generate
 from specstream.drafters import ResidualDenoiser
 from specstream.drafters.state_loading import save_state_drafter
+from specstream.generation.denoising import DenoisingPipeline
 from specstream.media_processor import MediaProcessor
 from specstream.models import Denoiser, FlowSchedule, PatchTransformer
 from specstream.models.denoiser import load_denoiser
@@ -186,6 +188,39 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         MediaProcessor("image").write(torch.zeros(1, 1, 4, 4), tmp_path / "kept.png")
     assert (tmp_path / "kept.png").read_bytes() == b"before"
     assert [path.name for path in tmp_path.iterdir()] == ["kept.png"]
+
+
+@pytest.mark.parametrize("kind, package", [("video", "imageio_ffmpeg"), ("audio", "soundfile")])
+def test_what_writing_needs_is_missed_before_anything_is_sampled(
+    kind: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    shape, patch = ((1, 2, 16, 16), (1, 2, 2)) if kind == "video" else ((1, 64), (8,))
+    Denoiser(network(1, patch), FlowSchedule(), shape).save(tmp_path / "model")
+    processor = MediaProcessor(kind)  # type: ignore[arg-type]
+    processor.save(tmp_path / "model")
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+
+    def sample(*_: object, **__: object) -> None:
+        raise AssertionError("nothing is to be sampled")
+
+    monkeypatch.setattr(DenoisingPipeline, "generate", sample)
+    output = tmp_path / f"out{processor.suffix}"
+    assert generate(["--run", str(tmp_path), "--prompt", "", "--output", str(output)]) == 2
+    shown = capsys.readouterr().err.strip()
+    assert f"need the package {package.replace('_', '-')}, which is not installed" in shown
+    assert len(shown.splitlines()) == 1 and not output.exists()
+
+
+def test_a_missing_ffmpeg_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import imageio_ffmpeg
+
+    def none_found() -> str:
+        raise RuntimeError("No ffmpeg exe could be found.\nInstall it.")
+
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", none_found)
+    with pytest.raises(ValueError, match="videos need ffmpeg, which is not installed"):
+        MediaProcessor("video").check_writer()
+    MediaProcessor("image").check_writer()
 
 
 def test_pixels_are_the_states_in_bytes() -> None:

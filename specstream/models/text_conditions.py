@@ -99,9 +99,23 @@ def encode_prompts(
                 part.to(device)
         with torch.inference_mode():
             given = encode(pipeline, list(prompts), seconds, device)
-            knows = parts.pipeline == "StableAudioPipeline" and not negative  # what no prompt is
-            free = {} if knows else encode(pipeline, [negative], seconds, device)
+            free = None if negative else without_prompt(pipeline, given)
+            if free is None:
+                free = encode(pipeline, [negative], seconds, device)
     return TextConditions(given, free)
+
+
+def without_prompt(pipeline: DiffusionPipeline, given: Told) -> Told | None:
+    """Return what stands for no prompt, (1, ...) by name; None: what an empty one says.
+
+    {}: the network itself knows (Stable Audio).
+    """
+    kind = type(pipeline).__name__
+    if kind == "StableAudioPipeline":
+        return {}
+    if kind == "StableDiffusionXLPipeline" and pipeline.config.force_zeros_for_empty_prompt:
+        return {name: torch.zeros_like(value[:1]) for name, value in given.items()}
+    return None
 
 
 def encode_plain(

@@ -75,6 +75,8 @@ class DenoisingModule(SummedLossModule):
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         shape = data.shape
+        if self.decoding is not None:
+            data.processor.check_writer()
         check_network(self.denoiser.network, data, shape[0], shape[0], 1)
         self.denoiser.shape, self.denoiser.other_shapes = shape, tuple(data.shapes[1:])
         if self.target is not None and self.target.shape != shape:

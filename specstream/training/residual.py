@@ -135,6 +135,8 @@ class ResidualModule(SummedLossModule):
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         shape = data.shape
+        if self.decoding is not None:
+            data.processor.check_writer()
         if self.target.shape != shape:
             raise ValueError(
                 f"the target's states are {list(self.target.shape)}, the data's {list(shape)}"

@@ -83,12 +83,13 @@ def generate_media(run: MediaRun, options: Options) -> int:
 
 
 def output_path(options: Options, processor: MediaProcessor) -> Path:
-    """Return the file that is written; ValueError where its kind is another."""
+    """Return the file that is written; ValueError where its kind is another or has no writer."""
     if options.output is None:
         wrong("output", f"needed: the {processor.suffix} file that gets the {processor.kind}")
     path = Path(str(options.output))
     if path.suffix != processor.suffix:
         wrong("output", f"this model makes {processor.suffix} files, not '{path.suffix}'")
+    processor.check_writer()
     beside = path.with_name(f"{path.stem}-compare{path.suffix}")
     if options.compare and beside.exists() and not options.overwrite:
         wrong("output", f"'{beside}' exists; give --overwrite true to replace it")
