@@ -43,25 +43,36 @@ def asked_for(run: MediaRun, prompt: str, files: GivenFiles, num_samples: int) -
 
     Raises ValueError in one line for a prompt or files that the model can do nothing with.
     """
-    known, shown, network = None, None, None if run.told is None else run.told.network
+    known = shown = None
     if files.first_frame is not None:
-        states = first_frame(run, files.first_frame)
-        if network is None or FIRST_FRAME not in network.needs:  # which is to make it after that
-            known = in_place(run, states, torch.ones_like(states[:, :1], dtype=torch.bool))
-        if network is not None and FIRST_FRAME in (*network.needs, *network.may_see):
-            shown = run.told.first_frame(states)
+        known, shown = begun(run, files.first_frame)
+    elif run.told is not None and FIRST_FRAME in run.told.network.needs:
+        refuse("first_frame", "this model goes on from a picture: give one")
     elif files.image is not None:
         assert files.mask is not None, "the options ask for both"
         known = known_parts(run, files.image, files.mask)
-    if known is not None:
-        data, given = (x.expand(num_samples, *x.shape[1:]) for x in (known.data, known.given))
-        known = KnownParts(data, given)
-    if shown is None and network is not None and FIRST_FRAME in network.needs:
-        refuse("first_frame", "this model goes on from a picture: give one")
     condition = run.condition(prompt, num_samples)
     if shown is not None:
         condition[FIRST_FRAME] = shown.expand(num_samples, *shown.shape[1:])
+    if known is not None:
+        data, given = (x.expand(num_samples, *x.shape[1:]) for x in (known.data, known.given))
+        known = KnownParts(data, given)
     return Asked(condition, known)
+
+
+def begun(run: MediaRun, path: str) -> tuple[KnownParts | None, Tensor | None]:
+    """Return what a first frame gives of a video, as one row, and what the network is shown of it.
+
+    A network that needs to be shown it makes its own first frame after it.
+    """
+    states = first_frame(run, path)
+    held = in_place(run, states, torch.ones_like(states[:, :1], dtype=torch.bool))
+    if run.told is None:
+        return held, None
+    network, shown = run.told.network, run.told.first_frame(states)
+    if FIRST_FRAME in network.needs:
+        return None, shown
+    return held, shown if FIRST_FRAME in network.may_see else None
 
 
 def known_parts(run: MediaRun, path: str, mask: str) -> KnownParts:
