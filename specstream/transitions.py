@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specstream.sampling import Noise, Role
-from specstream.structures import StateContext
+from specstream.structures import KnownParts, StateContext
 
 SMALLEST = 1e-12
 
@@ -142,6 +142,15 @@ def place_known(
     elements, role = (steps, Role.KNOWN) if eta else (torch.zeros_like(steps), Role.START)
     normals = noise.normal(context.samples, elements, states.shape[1:], role)
     return torch.where(known.given, noised(known.data.to(states), normals, steps, grid), states)
+
+
+def mean_square(changes: Tensor, known: KnownParts | None) -> Tensor:
+    """Return the mean square (R, K), float64, of changes (R, K, *S) in what is to be made."""
+    squares = changes.double().square()
+    if known is None:
+        return squares.flatten(2).mean(-1)
+    made = (~known.given).expand_as(known.data)[:, None]  # (R, 1, *S)
+    return (squares * made).flatten(2).sum(-1) / made.flatten(2).sum(-1).clamp(min=1)
 
 
 def estimate_weights(grid: StepGrid, eta: float) -> Tensor:

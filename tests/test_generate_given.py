@@ -57,7 +57,15 @@ def run_of(folder: Path) -> MediaRun:
     return load_media_run(folder, device="cpu")
 
 
-@pytest.mark.parametrize("flags", [[], ["--media.free_draft", "estimate"], ["--media.eta", "0"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--media.free_draft", "estimate"],
+        ["--media.sampler", "by-error"],
+        ["--media.draft_steps", "2"],
+    ],
+)
 def test_the_black_part_of_a_picture_is_kept_to_the_last_byte(
     flags: list[str], images: Path, tmp_path: Path
 ) -> None:

@@ -33,7 +33,14 @@ from specstream.generation.solvers import straight_places
 from specstream.models.denoiser import Denoiser
 from specstream.sampling import Noise
 from specstream.structures import Guarantee, KnownParts, StateContext
-from specstream.transitions import Prediction, data_estimate, network_output, transition, wide
+from specstream.transitions import (
+    Prediction,
+    data_estimate,
+    mean_square,
+    network_output,
+    transition,
+    wide,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +129,7 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
         steps = self._steps(part, draft.states.shape[1])  # (R, K+1)
         flat = (estimates.flatten(0, 1), draft.states.flatten(0, 1), steps.flatten())
         velocities = self._velocity(*flat).view_as(estimates)
-        errors = (draft.velocities - velocities[:, :-1]).flatten(2).double().square().mean(-1)
+        errors = mean_square(draft.velocities - velocities[:, :-1], part.known)
         real = torch.arange(errors.shape[1], device=steps.device) < draft.lengths[:, None]
         counts = ((errors <= self.tolerance) & real).long().cumprod(1).sum(1)
         rows = torch.arange(len(index), device=index.device)

@@ -25,7 +25,7 @@ from specstream.generation.lengths import FixedLength
 from specstream.models.denoiser import Denoiser
 from specstream.sampling import Noise, Role
 from specstream.structures import MAX_DRAFT, Guarantee, KnownParts, StateContext
-from specstream.transitions import place_known, transition
+from specstream.transitions import mean_square, place_known, transition
 
 
 class PicardPipeline(DenoisingSampler):
@@ -89,7 +89,7 @@ class PicardPipeline(DenoisingSampler):
         states = torch.cat([part.states[:, None], drafted], 1)
         estimates = self._evaluate(part, states, lengths, sum(wanted))  # (R, K+1, *S)
         followed = self._follow(part, estimates, noise)
-        moved = (followed[:, :-1] - drafted).flatten(2).double().square().mean(-1)
+        moved = mean_square(followed[:, :-1] - drafted, part.known)
         ahead = torch.arange(self.window, device=lengths.device)
         stands = (moved <= self.tolerance**2) & (ahead[:most] < lengths[:, None])
         counts = stands.long().cumprod(1).sum(1)

@@ -17,7 +17,7 @@ from specstream.generation.solvers import AdamsBashforth2, DPMSolver2M, SolverPi
 from specstream.metrics import energy_test
 from specstream.models import Denoiser, FlowSchedule
 from specstream.structures import KnownParts
-from specstream.transitions import Prediction
+from specstream.transitions import Prediction, mean_square
 from specstream.verification import AdaptiveThreshold
 from specstream.verification.gaussian import ReflectionCoupling
 from tests.denoising_toys import KeepsAll, mixture_model
@@ -165,6 +165,16 @@ class Follows(nn.Module):
 
     def forward(self, states: Tensor, times: Tensor) -> Tensor:
         return self.share * states
+
+
+def test_an_error_is_that_of_what_is_to_be_made() -> None:
+    given = torch.tensor([[[True, False, False, False]], [[True, True, True, False]]])
+    held = KnownParts(torch.zeros(2, 2, 4), given)
+    changes = torch.ones(2, 3, 2, 4)
+    changes[:, :, :, 0] = 0
+    changes[1, 1, 1, 3] = 3
+    assert mean_square(changes, held).tolist() == [[1, 1, 1], [1, 5, 1]]
+    assert mean_square(changes, None)[0].tolist() == [0.75] * 3
 
 
 def test_of_a_draft_only_what_is_to_be_made_is_refined() -> None:
