@@ -211,13 +211,20 @@ class SpeculativeStreaming(Drafter):
 
     def train(self, mode: bool = True) -> SpeculativeStreaming:
         """Switch to training or decoding; what was folded is forgotten, because weights change."""
-        self.folded = None
+        self.unfold()
         return super().train(mode)
+
+    def unfold(self) -> None:
+        """Forget the folded adapters, and free their weights; the next decoding folds anew."""
+        self.folded = None
 
     @property
     def upper_layers(self) -> Sequence[nn.Module] | None:
-        """The layers in which the streams ride, if not the target's own."""
-        found = self.copies if self.folded is None else self.folded
+        """The layers in which the streams ride, if not the target's own; folded where it decodes.
+
+        Training asks too: a trainer may set `training` itself, and not call `train`.
+        """
+        found = self.copies if self.training or self.folded is None else self.folded
         return None if found is None else list(found)
 
     def board(self, hidden: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ class SplitProjection(nn.Module):
         return torch.cat([self.own(first), self.tuned(rest)], 1)
 
 
+@torch.inference_mode(False)  # weights that outlive the decoding which asks for them
 @torch.no_grad()
 def split_copies(
     layers: Sequence[nn.Module], adapted: nn.ModuleList, count: Callable[[], int]
@@ -100,12 +101,12 @@ def split_copies(
         if not isinstance(module, LoraLayer):
             continue
         own = copies.get_submodule(name)
-        tuned = copy.deepcopy(own)
+        tuned = copy.deepcopy(own).requires_grad_(False)
         weight, added = own.weight.double(), module.get_delta_weight(ADAPTER).double()
         tuned.weight.copy_(weight + added)
         parent, _, child = name.rpartition(".")
         setattr(copies.get_submodule(parent), child, SplitProjection(own, tuned, count))
-    return copies.requires_grad_(False)
+    return copies
 
 
 @torch.no_grad()

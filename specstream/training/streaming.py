@@ -107,6 +107,11 @@ class StreamingModule(DraftModule):
                 raise ValueError("future_weight 0 leaves nothing to train in mode lossless")
             self.drafter.embeddings.requires_grad_(False)
 
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        assert isinstance(self.drafter, SpeculativeStreaming)
+        self.drafter.unfold()  # validation has decoded; what it folded is of weights that move on
+
     def loss(self, batch: Batch) -> LossSum:
         assert isinstance(self.drafter, SpeculativeStreaming) and self.target is not None
         found = stream_states(self.target, self.drafter, batch, bool(self.future_weight))

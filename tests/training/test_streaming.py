@@ -77,6 +77,21 @@ def test_streams_learn_and_the_run_decodes(
     assert len(decoder.complete(["3 the draft"])[0].tokens) > 0
 
 
+def test_decoding_amid_training_changes_nothing_of_it(
+    target: str, write_config: Callable[..., str], tmp_path: Path
+) -> None:
+    found = []
+    for interval in (2, 4):
+        name = f"every-{interval}"
+        config = write_config(name, block(target, "lossless"), val_check_interval=interval)
+        assert run_training(["--config", config]) == 0
+        found.append(torch.load(tmp_path / name / "last.ckpt", weights_only=False)["state_dict"])
+    often, once = found
+    assert often.keys() == once.keys()
+    for name, value in once.items():
+        assert torch.equal(often[name], value), name
+
+
 def test_streams_are_scored_where_their_token_is_in_the_same_document() -> None:
     batch = {
         "documents": torch.tensor([[0, 0, 0, 0, 1, 1, -1]]),
