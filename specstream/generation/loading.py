@@ -130,7 +130,7 @@ def build_pipeline(
         )
     guesser = _build_drafter(target, drafter, lookup).eval().requires_grad_(False).to(place)
     check_tokenizers(target, processor, guesser)
-    if guesser.attach() is not None and quantize_models in ("target", "both"):
+    if guesser.attach() is not None and quantize_models != "none":
         raise ValueError(
             f"{type(guesser).__name__} shares the target's weights, which int8 would replace on "
             "one side only"

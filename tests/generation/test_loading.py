@@ -11,7 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from specstream import load_run
-from specstream.drafters import CutDraftModel, DraftModel, LookupFirst, PromptLookup
+from specstream.drafters import (
+    CutDraftModel,
+    DraftModel,
+    LookupFirst,
+    PromptLookup,
+    SpeculativeStreaming,
+)
 from specstream.generation import (
     AutoregressivePipeline,
     FixedLength,
@@ -121,6 +127,13 @@ def test_the_statistics_say_what_became_int8(run: Path) -> None:
     pipeline = load_run(run, quantize_models="drafter", dtype="float32")
     assert list(pipeline.stats.quantized) == ["drafter"]
     assert pipeline.stats.quantized["drafter"]["linear_layers"] > 0  # type: ignore[index]
+
+
+@pytest.mark.parametrize("models", ["target", "drafter", "both"])
+def test_streams_and_the_target_they_ride_in_are_not_made_int8(models: str, target: Path) -> None:
+    lm = PretrainedLM(str(target), "float32")
+    with pytest.raises(ValueError, match="SpeculativeStreaming shares the target's weights"):
+        build_pipeline(lm, SpeculativeStreaming, quantize_models=models)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
