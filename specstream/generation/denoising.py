@@ -61,6 +61,8 @@ class DenoisingPipeline(DraftingSampler[StateDraft]):
                 "drawn from, so no drafted step is ever the target's; use eta above 0, or a "
                 "sampler with a bounded error"
             )
+        if drafter is None and lengths is not None and lengths.max_tokens:
+            raise ValueError("there is no drafter: lengths have no use")
         verifier = verifier or ReflectionCoupling()
         if drafter is not None and drafter.law not in verifier.needs:
             raise ValueError(

@@ -109,6 +109,7 @@ class DraftingSampler(DenoisingSampler, Generic[DraftT]):
     @torch.inference_mode()
     def _measure(self, num_rows: int, condition: dict[str, Tensor]) -> StepCosts:
         """Time plain rounds, and judging and drafting of each length that may be chosen."""
+        self.stats = self._new_stats()  # these rounds are no run's: not of the one before either
         noise = Noise(0, self.target.device)
         context = self._start(range(num_rows), condition, noise)
         context.seen_steps.fill_(0)  # a drafter that goes on from an estimate has one

@@ -12,7 +12,12 @@ from specstream.drafters import FrozenEstimate, IndependentDenoiser, StateDrafte
 from specstream.generation.accept_by_error import AcceptByErrorPipeline
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.drafting_sampler import DraftingSampler
-from specstream.generation.lengths import CostModelLength, StepCosts, predicted_ratio
+from specstream.generation.lengths import (
+    CostModelLength,
+    FixedLength,
+    StepCosts,
+    predicted_ratio,
+)
 from specstream.metrics import energy_test
 from specstream.verification.gaussian import ReflectionCoupling
 from tests.denoising_toys import KeepsAll, gaussian_model
@@ -132,13 +137,23 @@ def test_measuring_leaves_no_trace_in_the_counts_and_the_samples(clocked: list[i
     measured, given = sampler(None), sampler(LINEAR)
     assert torch.equal(measured.complete(3, seed=4), given.complete(3, seed=4))
     assert len(clocked) == 1
-    assert measured.stats.target_rows == given.stats.target_rows == 3 * STEPS
+    before = measured.stats
+    assert before.target_rows == given.stats.target_rows == 3 * STEPS
+    measured.complete(2, seed=4)
+    assert len(clocked) == 2, "of two samples together"
+    assert before.target_rows == 3 * STEPS, "of the run before"
 
 
 def test_no_more_is_measured_than_a_sample_has_steps_to_draft(clocked: list[int]) -> None:
     sampler(None, num_steps=3).complete(2)
     sampler(None, num_steps=1).complete(2)
     assert clocked == [3, 1]
+
+
+def test_lengths_without_a_drafter_are_refused() -> None:
+    for lengths in (CostModelLength(MOST), FixedLength(3)):
+        with pytest.raises(ValueError, match="there is no drafter: lengths have no use"):
+            DenoisingPipeline(gaussian_model(), STEPS, lengths=lengths)
 
 
 def test_a_table_that_ends_before_the_lengths_is_refused() -> None:
