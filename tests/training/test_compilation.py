@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -36,6 +37,37 @@ def test_compiled_training_is_uncompiled_training_but_for_rounding(
     assert compiled.keys() == plain.keys()
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, rtol=0, atol=2e-3, msg=name)
+
+
+def test_nothing_is_compiled_while_validation_runs_and_all_is_as_before_after_it() -> None:
+    class Layer(nn.Module):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return states.relu() + 1
+
+    callback, module, trainer = CompileLayers("eager"), L.LightningModule(), L.Trainer(logger=False)
+    module.layers = nn.ModuleList([Layer()])
+    callback.on_train_start(trainer, module)
+    torch._dynamo.utils.counters.clear()
+
+    def graphs() -> int:
+        module.layers[0](torch.ones(3, 2))
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    def validate(fails: bool) -> None:
+        callback.on_validation_start(trainer, module)
+        assert graphs() == 0
+        if fails:
+            callback.on_exception(trainer, module, RuntimeError())
+        else:
+            callback.on_validation_end(trainer, module)
+
+    with torch.compiler.set_stance("force_eager"):  # another's wish is not forgotten
+        validate(fails=False)
+        assert graphs() == 0
+    validate(fails=True)
+    assert graphs() == 1
+    callback.on_exception(trainer, module, RuntimeError())  # of a training step
+    assert graphs() == 1
 
 
 def test_the_layers_of_every_network_are_found_once() -> None:
