@@ -1,8 +1,9 @@
 """A network on several devices: the rows of a call are split over copies of it.
 
 Rows of a denoising network do not meet, so that a round which evaluates several states of a sample
-is as quick as one that evaluates a single one, where there is a device for each.  A thread for each
-copy has them all at work at once.
+can be about as quick as one that evaluates a single one, where there is a device for each.  A
+thread for each copy has them all at work at once.  Autocast is the calling thread's own, and is not
+passed on: the pipelines run without.
 
 Shapes: R rows, S the shape of a state.
 """

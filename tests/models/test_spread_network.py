@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -67,6 +68,15 @@ def test_copies_work_at_once() -> None:
         assert torch.equal(spread(torch.ones(4, 1), torch.ones(4, 1), {}), torch.ones(4, 1))
 
 
+def calls(target: Denoiser) -> Counter[int]:
+    """Count the calls of each copy of the target's network from now on."""
+    found: Counter[int] = Counter()
+    copies = [target.network] if target._spread is None else target._spread.copies
+    for number, network in enumerate(copies):
+        network.register_forward_hook(lambda *_, number=number: found.update([number]))
+    return found
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_samples_are_those_of_a_single_device(guidance: float) -> None:
     told = {"classes": torch.tensor([0, 1, 2, 0, 1])}
@@ -79,9 +89,11 @@ def test_samples_are_those_of_a_single_device(guidance: float) -> None:
         pipeline = DenoisingPipeline(
             target, 8, 1.0, guidance, FrozenEstimate(), FixedLength(4), batch_size=5
         )
+        asked = calls(target)
         found.append(pipeline.complete(5, told, seed=1))
         assert before == (fingerprint(target.network), len(list(target.parameters())))
-        assert len(target.devices) == count
+        assert len(target.devices) == len(asked) == count
+        assert max(asked.values()) == pipeline.stats.target_calls
     assert torch.allclose(*found, atol=1e-6)
 
 
