@@ -21,8 +21,8 @@ class CompileLayers(L.Callback):
     Worth it where elementwise work between products counts: runs of minutes or more, on a CPU as
     on a GPU.  The weights that come out are those of uncompiled training but for rounding, and for
     what dropout draws where a model has any.  Validation decodes and samples in many shapes, so
-    while it runs nothing in the process is compiled.  `backend` is one of `torch.compile`'s;
-    ValueError for one that this installation does not have.
+    while it runs nothing in the process is compiled, nor while on-policy data are written.
+    `backend` is one of `torch.compile`'s; ValueError for one that this installation does not have.
     """
 
     def __init__(self, backend: str = "inductor") -> None:

@@ -112,7 +112,10 @@ class DistillationModule(DraftModule):
         assert self.drafter is not None
         self.drafter.eval()  # a checkpointed layer in training mode would not fill the cache
         try:
-            with torch.autocast(self.device.type, enabled=False):
+            with (
+                torch.autocast(self.device.type, enabled=False),
+                torch.compiler.set_stance("force_eager"),  # a text that grows has many shapes
+            ):
                 return rewrite(batch, pipeline, slots, seed)
         finally:
             self.drafter.train()

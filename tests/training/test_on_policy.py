@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
@@ -80,6 +81,9 @@ def test_drafter_and_target_can_both_write(monkeypatch: pytest.MonkeyPatch) -> N
     from specstream.models import UntrainedLM
     from specstream.training import DistillationModule
 
+    def refused(graph: object, inputs: object) -> NoReturn:
+        raise RuntimeError("a text is written uncompiled")
+
     def small(layers: int) -> UntrainedLM:
         return UntrainedLM(100, 16, 32, layers, 2, max_positions=64)
 
@@ -98,6 +102,8 @@ def test_drafter_and_target_can_both_write(monkeypatch: pytest.MonkeyPatch) -> N
             datamodule=SimpleNamespace(tokenizer=tokenizer), current_epoch=0, global_rank=0
         )
         monkeypatch.setattr(type(module), "trainer", trainer)
+        for layer in [*module.target.decoder.layers, *module.drafter.model.decoder.layers]:
+            layer.compile(backend=refused)  # as for training steps
         old = batch()
         new = module.on_policy_batch(old, 3)
         again = module.on_policy_batch(old, 3)
@@ -107,4 +113,7 @@ def test_drafter_and_target_can_both_write(monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.equal(new["input_ids"][0, :3], old["input_ids"][0, :3])
         assert not torch.equal(new["input_ids"], old["input_ids"])
         assert module.drafter is not None and module.drafter.training
-        assert module.loss(new).total.requires_grad
+        with pytest.raises(Exception, match="a text is written uncompiled"):
+            module.loss(new)
+        with torch.compiler.set_stance("force_eager"):
+            assert module.loss(new).total.requires_grad
