@@ -34,7 +34,7 @@ class Prediction(Enum):
 class StepGrid:
     """The N + 1 noise levels of a sampler with N steps, from noise to data."""
 
-    times: Tensor  # (N+1,) what the network is told of each level; that of the last is never used
+    times: Tensor  # (N+1,) what the network is told of each level; of the last only students are
     alphas: Tensor  # (N+1,) float64, share of the data
     sigmas: Tensor  # (N+1,) float64, share of the noise; falling
 

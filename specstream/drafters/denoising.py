@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from specstream.models.consistency import ConsistencyModel
 from specstream.models.denoiser import Denoiser
 from specstream.sampling import Noise, Role
 from specstream.structures import Law, StateContext, StateDraft
@@ -34,12 +35,14 @@ class StateDrafter(nn.Module, ABC):
     """Guesses the next denoising states of each row; stateless, its memory is the context's.
 
     `needs_estimate` says that it goes on from what the target said last: until there is such an
-    estimate, the rows wait.
+    estimate, the rows wait.  `trained_guidance` is that of the target it was trained for: with
+    another its drafts are as exact, but fewer may stand; None: it is for any.
     """
 
     law: ClassVar[Law] = Law.GAUSSIAN
     needs_estimate: ClassVar[bool] = True
     calls_a_step: ClassVar[bool] = False  # whether a network runs for every drafted step
+    trained_guidance: float | None = None
 
     @abstractmethod
     def estimate(
@@ -112,7 +115,11 @@ class FrozenVelocity(StateDrafter):
 
 
 class IndependentDenoiser(StateDrafter):
-    """A smaller diffusion model of the same states, which may have its own way of prediction."""
+    """A smaller diffusion model of the same states, which may have its own way of prediction.
+
+    It may be a student of few steps: its guess is then where the deterministic sampler would end,
+    which is the target's own estimate only where little noise is left.
+    """
 
     needs_estimate = False
     calls_a_step = True
@@ -121,6 +128,8 @@ class IndependentDenoiser(StateDrafter):
         super().__init__()
         self.denoiser = denoiser
         self.guidance = guidance
+        if isinstance(denoiser, ConsistencyModel):
+            self.trained_guidance = denoiser.guidance
 
     def estimate(
         self, states: Tensor, steps: Tensor, context: StateContext, grid: StepGrid

@@ -14,6 +14,7 @@ from specstream.drafters.denoising import (
 )
 from specstream.drafters.loading import RECORD, read_record
 from specstream.files import one_line, replaced_folder
+from specstream.models.consistency import STUDENT, load_student
 from specstream.models.denoiser import Denoiser, load_denoiser
 from specstream.models.fingerprint import fingerprint
 from specstream.models.patch_transformer import PatchTransformer
@@ -46,7 +47,8 @@ def save_state_drafter(folder: Path, drafter: StateDrafter, target: Denoiser) ->
 def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) -> StateDrafter:
     """Build the drafter of `folder` for `target`; ValueError for another one's or damaged files.
 
-    A drafter that is a diffusion model itself is guided as the target is.
+    A drafter that is a diffusion model itself is guided as the target is; a student of few steps
+    holds its own guidance.
     """
     from safetensors.torch import load_file
 
@@ -58,7 +60,8 @@ def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) ->
         raise ValueError(f"'{folder}' names {kind}, which is none of {', '.join(known)}")
     with one_line(f"'{folder}' holds a damaged drafter"):
         if kind == IndependentDenoiser.__name__:
-            drafter = IndependentDenoiser(load_denoiser(folder, target.device), guidance)
+            load = load_student if (folder / STUDENT).is_file() else load_denoiser
+            drafter = IndependentDenoiser(load(folder, target.device), guidance)
             check_shapes(drafter.denoiser, target)
             return drafter.eval().requires_grad_(False)
         network = PatchTransformer(**record["drafter"]["network"])

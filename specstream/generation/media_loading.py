@@ -21,6 +21,7 @@ from specstream.drafters.denoising import (
 from specstream.drafters.loading import read_record
 from specstream.drafters.state_loading import load_state_drafter
 from specstream.generation.accept_by_error import AcceptByErrorPipeline
+from specstream.generation.consistency import ConsistencyPipeline
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.lengths import CostModelLength, DraftLength, FixedLength
@@ -41,6 +42,7 @@ from specstream.generation.solvers import (
 )
 from specstream.media_processor import MediaProcessor, load_media_processor
 from specstream.models.codec import Compression, PixelCodec
+from specstream.models.consistency import ConsistencyModel
 from specstream.models.denoiser import FORM, Denoiser, load_denoiser
 from specstream.models.pretrained_denoiser import PretrainedDenoiser
 from specstream.models.state_shape import MediaSize, shape_of_size
@@ -50,7 +52,7 @@ WINDOW = 8  # drafted steps a round, unless said; the most where measured costs 
 EVERY = 2  # of the lengths that are chosen from, one in so many: each has to be measured
 FREE = ("estimate", "velocity")  # drafts that need no training
 Window = int | Literal["auto"]  # steps drafted in a round; auto: measured costs choose
-Sampler = Literal["ddim", "adams-bashforth", "dpm-solver++", "by-error", "picard"]
+Sampler = Literal["ddim", "adams-bashforth", "dpm-solver++", "by-error", "picard", "consistency"]
 MOST_AT_ONCE = 64  # samples of a small model that are drawn together, unless said
 
 
@@ -216,6 +218,8 @@ def media_sampler(
 ) -> DenoisingSampler:
     """Return the pipeline that the options name; ValueError for options without effect."""
     target.eval().requires_grad_(False)
+    if options.sampler == "consistency" and options.refinement is None:
+        return few_step_sampler(target, drafter, options)
     if options.devices > 1:
         target.spread(spread_devices(target.device, options.devices))
     refinement, size = options.refinement, options.batch_size
@@ -251,6 +255,26 @@ def media_sampler(
         None if drafter is None else drafted_lengths(drafter, options.window),
         batch_size=size,
     )
+
+
+def few_step_sampler(
+    target: Denoiser, drafter: StateDrafter | None, options: SamplerOptions
+) -> ConsistencyPipeline:
+    """Return the sampler of a run's student; ValueError for none, or an option without effect."""
+    student = drafter.denoiser if isinstance(drafter, IndependentDenoiser) else None
+    if not isinstance(student, ConsistencyModel):
+        raise ValueError("sampler consistency is for a student of few steps; this run has none")
+    for name in ("eta", "tolerance", "window", "free_draft"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"sampler consistency asks the student alone: {name} is for others")
+    if options.guidance not in (1, student.guidance):
+        raise ValueError(
+            f"the student has learned guidance {student.guidance:g}, which its sampler cannot "
+            f"change: leave out {options.guidance:g}"
+        )
+    if options.devices > 1:
+        student.spread(spread_devices(student.device, options.devices))
+    return ConsistencyPipeline(target, student, options.num_steps, options.batch_size)
 
 
 def deterministic_sampler(target: Denoiser, options: SamplerOptions) -> DenoisingSampler:

@@ -2,6 +2,7 @@
 
 from specstream.models.cache import SlotCache
 from specstream.models.codec import AutoencoderCodec, Codec, PixelCodec, TinyCodec
+from specstream.models.consistency import ConsistencyModel
 from specstream.models.denoiser import Denoiser
 from specstream.models.noise_schedule import (
     DiscreteSchedule,
@@ -22,6 +23,7 @@ from specstream.models.self_speculative import SelfSpeculativeHead
 __all__ = [
     "AutoencoderCodec",
     "Codec",
+    "ConsistencyModel",
     "Denoiser",
     "DiscreteSchedule",
     "FlowSchedule",

@@ -11,6 +11,7 @@ from specstream.training.base import LossSum, SummedLossModule
 from specstream.training.block import AcceptedLengthWeights, BlockModule, ExponentialDecay
 from specstream.training.certainty import Certainty
 from specstream.training.compilation import CompileLayers
+from specstream.training.consistency import ConsistencyModule
 from specstream.training.decoding import HeldOutDecoding
 from specstream.training.denoising import DenoisingModule
 from specstream.training.distillation import DistillationModule
@@ -32,6 +33,7 @@ __all__ = [
     "BlockModule",
     "Certainty",
     "CompileLayers",
+    "ConsistencyModule",
     "ConstantRate",
     "DenoisingModule",
     "DistillationModule",

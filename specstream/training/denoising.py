@@ -36,6 +36,20 @@ def condition_of(batch: Batch) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("classes", "text") if name in batch}
 
 
+def hidden_condition(
+    batch: Batch, denoiser: Denoiser, share: float, noise: Noise
+) -> dict[str, Tensor]:
+    """Return what a batch says of its rows, of a `share` of them that nothing is known."""
+    condition, keys = condition_of(batch), batch["keys"]
+    coins = noise.uniform(keys, torch.zeros_like(keys)[:, None], Role.ORDER)[:, 0]
+    hidden = coins < share
+    for name, value in condition.items():
+        nothing = denoiser.unconditional(name, value)
+        rows = hidden.view(-1, *[1] * (value.dim() - 1))
+        condition[name] = torch.where(rows, nothing, value)
+    return condition
+
+
 class DenoisingModule(SummedLossModule):
     """Trains a `PatchTransformer` as a diffusion model, from data or from a `target`.
 
@@ -76,7 +90,7 @@ class DenoisingModule(SummedLossModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         shape = data.shape
         if self.decoding is not None:
-            data.processor.check_writer()
+            self.decoding.check(data.processor)
         check_network(self.denoiser.network, data, shape[0], shape[0], 1)
         self.denoiser.shape, self.denoiser.other_shapes = shape, tuple(data.shapes[1:])
         if self.target is not None and self.target.shape != shape:
@@ -92,7 +106,8 @@ class DenoisingModule(SummedLossModule):
         levels = self.denoiser.schedule.levels(uniforms)
         normals = noise.normal(keys, element[:, 0], states.shape[1:], Role.START).to(states)
         noisy = levels.add_noise(states, normals)
-        condition = self._condition(batch, noise)
+        hidden = self.class_dropout if self.training else 0.0
+        condition = hidden_condition(batch, self.denoiser, hidden, noise)
         said = self.denoiser.output(noisy, levels.times.float(), condition)
         wanted = states
         if self.target is not None:
@@ -110,20 +125,10 @@ class DenoisingModule(SummedLossModule):
         super().on_validation_epoch_end()
         if self.decoding is not None:
             processor = self.trainer.datamodule.processor  # type: ignore[attr-defined]
-            drafter = None if self.target is None else IndependentDenoiser(self.denoiser)
+            guidance = self.decoding.guidance
+            drafter = None if self.target is None else IndependentDenoiser(self.denoiser, guidance)
             found = self.decoding.run(self, self.target or self.denoiser, drafter, processor)
             self.log_dict(found, rank_zero_only=True)
-
-    def _condition(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
-        """Return what the network is told of the rows, some of it hidden."""
-        condition, keys = condition_of(batch), batch["keys"]
-        coins = noise.uniform(keys, torch.zeros_like(keys)[:, None], Role.ORDER)[:, 0]
-        hidden = coins < (self.class_dropout if self.training else 0.0)
-        for name, value in condition.items():
-            nothing = self.denoiser.unconditional(name, value)
-            rows = hidden.view(-1, *[1] * (value.dim() - 1))
-            condition[name] = torch.where(rows, nothing, value)
-        return condition
 
     def export(self, run: Path, processor: MediaProcessor) -> Path:  # type: ignore[override]
         if self.target is None:

@@ -136,7 +136,7 @@ class ResidualModule(SummedLossModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         shape = data.shape
         if self.decoding is not None:
-            data.processor.check_writer()
+            self.decoding.check(data.processor)
         if self.target.shape != shape:
             raise ValueError(
                 f"the target's states are {list(self.target.shape)}, the data's {list(shape)}"

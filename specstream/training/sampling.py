@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from specstream.drafters.denoising import StateDrafter
 from specstream.generation.denoising import DenoisingPipeline
+from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.lengths import FixedLength
 from specstream.media_processor import MediaProcessor
 from specstream.models.denoiser import Denoiser
@@ -27,12 +28,14 @@ FOLDER = "samples"
 class HeldOutSampling:
     """What validation samples: so many samples, evenly over the classes, the same noise each time.
 
-    `num_steps` and `eta` are the sampler's, `window` is how many steps a drafter drafts at most.
+    `num_steps`, `eta` and `guidance` are the sampler's, `window` is how many steps a drafter drafts
+    at most.
     """
 
     num_samples: int = 16
     num_steps: int = 50
     eta: float = 1.0
+    guidance: float = 1.0
     window: int = 8
     seed: int = 0
 
@@ -45,21 +48,34 @@ class HeldOutSampling:
             )
         FixedLength(self.window)  # what it refuses is refused here
 
+    def check(self, processor: MediaProcessor) -> None:
+        """Raise ValueError for media that cannot be written, or a guidance that has no class."""
+        processor.check_writer()
+        if self.guidance != 1 and not processor.classes:
+            raise ValueError(
+                "decoding.guidance is the weight of a class, and validation samples without one"
+            )
+
     def run(
         self,
         module: L.LightningModule,
         target: Denoiser,
         drafter: StateDrafter | None,
         processor: MediaProcessor,
+        shown: DenoisingSampler | None = None,
     ) -> dict[str, float]:
-        """Sample in the first process, show it, and return what is to be logged."""
+        """Sample in the first process, show it, and return what is to be logged.
+
+        `shown` draws the samples on the sheet, where it is not the target's sampler.
+        """
         if not module.trainer.is_global_zero or module.trainer.sanity_checking:
             return {}
         pipeline = DenoisingPipeline(
             target,
             self.num_steps,
             self.eta,
-            drafter=drafter,
+            self.guidance,
+            drafter,
             lengths=None if drafter is None else FixedLength(self.window),
             batch_size=self.num_samples,
         )
@@ -68,6 +84,8 @@ class HeldOutSampling:
             numbers = torch.arange(self.num_samples) % len(processor.classes)
             condition["classes"] = numbers.to(module.device)
         samples = pipeline.complete(self.num_samples, condition, seed=self.seed)
+        if shown is not None:
+            samples = shown.complete(self.num_samples, condition, seed=self.seed)
         self._show(module, samples, processor)
         stats = pipeline.stats
         if drafter is None:

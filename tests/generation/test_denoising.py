@@ -15,7 +15,7 @@ from specstream.drafters import (
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import FixedLength
 from specstream.metrics import energy_test
-from specstream.models import Denoiser, FlowSchedule, PatchTransformer
+from specstream.models import ConsistencyModel, Denoiser, FlowSchedule, PatchTransformer
 from specstream.transitions import Prediction
 from specstream.verification.gaussian import ReflectionCoupling
 from tests.denoising_toys import KeepsAll, counts_of, gaussian_model
@@ -24,11 +24,26 @@ SHAPE = (3,)
 STEPS = 12
 
 
+def student() -> ConsistencyModel:
+    """Return one that says of every state that it ends half way to 1: far from the truth."""
+
+    class HalfWay(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unit = nn.Parameter(torch.ones(1))
+
+        def forward(self, states: Tensor, times: Tensor) -> Tensor:
+            return (states - 1) * 0.5 * self.unit
+
+    return ConsistencyModel(HalfWay(), FlowSchedule(), SHAPE)
+
+
 def drafters() -> dict[str, StateDrafter]:
     return {
         "estimate": FrozenEstimate(),
         "velocity": FrozenVelocity(gaussian_model()),
         "independent": IndependentDenoiser(gaussian_model(0.4, 0.7)),
+        "student": IndependentDenoiser(student()),
     }
 
 

@@ -26,7 +26,8 @@ class MediaOptions:
         guidance: weight of the prompt; 1 is that of training, more follows it more closely.
         sampler: ddim, whose steps have a law where eta is above 0; adams-bashforth and dpm-solver++
             are better solvers of the deterministic one; by-error guesses its velocities and keeps
-            what is within a tolerance; picard puts a window of steps right at once.
+            what is within a tolerance; picard puts a window of steps right at once; consistency has
+            a student of few steps sample alone.
         tolerance: of by-error (squared error of a velocity) and picard (change of a state); 0.01
             unless said.
         window: steps drafted in a round, at most; auto: as many as pay, 0 included, by costs that

@@ -16,6 +16,7 @@ from specstream.generation.command.comparison import REPEATS
 from specstream.generation.command.display import guarantee_of, say
 from specstream.generation.command.one_prompt import INTERRUPTED
 from specstream.generation.command.options import Options, wrong
+from specstream.generation.consistency import ConsistencyPipeline
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.media_given import Asked, asked_for
@@ -67,6 +68,8 @@ def generate_media(run: MediaRun, options: Options) -> int:
                 say(f"{role}: not quantised: {made['reason']}")
     for line in refinement_report(stats) if refines else media_report(stats):
         say(line)
+    for line in guidance_remarks(run.pipeline):
+        say(line)
     say(f"wrote {path}")
     if rows:
         beside = path.with_name(f"{path.stem}-compare{path.suffix}")
@@ -116,7 +119,7 @@ def show_progress(pipeline: DenoisingSampler, asked: Asked, options: Options) ->
         ):
             stats = pipeline.stats
             kept = "" if stats.acceptance is None else f", {stats.acceptance:.0%} of drafts stand"
-            values = f"{stats.target_calls} rounds{kept}"
+            values = f"{stats.target_calls or stats.draft_calls} rounds{kept}"
             bar.update(task, advance=step.accepted + 1, values=values)
     return pipeline.samples
 
@@ -129,16 +132,23 @@ def compare(pipeline: DenoisingSampler, asked: Asked, options: Options) -> list[
         return way.complete(media.samples, asked.condition, seed=options.seed, known=asked.known)
 
     sampled(pipeline)
-    rounds = round(pipeline.stats.target_calls / max(1, -(-media.samples // pipeline.batch_size)))
+    calls, steps = pipeline.stats.target_calls, media.num_steps
+    ours = "refined" if isinstance(pipeline, RefinementPipeline) else "drafted"
+    if isinstance(pipeline, ConsistencyPipeline):
+        calls, steps, ours = pipeline.stats.draft_calls, pipeline.student.num_steps, "student"
+    rounds = round(calls / max(1, -(-media.samples // pipeline.batch_size)))
 
     def plain(num_steps: int) -> DenoisingPipeline:
         return DenoisingPipeline(
-            pipeline.target, num_steps, pipeline.eta, media.guidance, batch_size=pipeline.batch_size
+            pipeline.target,
+            num_steps,
+            pipeline.eta,
+            pipeline.guidance,
+            batch_size=pipeline.batch_size,
         )
 
-    ours = "refined" if isinstance(pipeline, RefinementPipeline) else "drafted"
     ways: dict[str, DenoisingSampler] = {ours: pipeline}
-    ways |= {f"plain, {steps} steps": plain(steps) for steps in (media.num_steps, max(1, rounds))}
+    ways |= {f"plain, {number} steps": plain(number) for number in (steps, max(1, rounds))}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     found = {}
     for _ in range(REPEATS):
@@ -162,9 +172,12 @@ def media_report(stats: Stats) -> list[str]:
     rows = [
         ("guarantee", guarantee_of(stats)),
         ("samples", f"{stats.prompts} in {stats.seconds:.2f} s"),
-        ("target rounds", f"{stats.target_calls}, of {stats.target_rows} rows in all"),
     ]
-    if stats.accepted_length is not None and stats.draft_calls:
+    if stats.target_calls:
+        rows.append(("target rounds", f"{stats.target_calls}, of {stats.target_rows} rows in all"))
+    else:
+        rows.append(("student rounds", f"{stats.draft_calls}; the target was not asked"))
+    if stats.accepted_length is not None and stats.draft_calls and stats.target_calls:
         rows.append(("accepted length", f"{stats.accepted_length:.2f} steps a round (tau)"))
     if stats.acceptance is not None:
         rows.append(("acceptance", f"{stats.acceptance:.1%} of {sum(stats.tested)} tested drafts"))
@@ -181,6 +194,18 @@ def prediction_of(stats: Stats) -> str:
     if not stats.draft_calls:
         return f"drafting would {ratio} if {stats.predicted_at:.0%} of drafts stood: not drafted"
     return f"{stats.mean_length:.1f} steps drafted a round; drafting should {ratio}"
+
+
+def guidance_remarks(pipeline: DenoisingSampler) -> list[str]:
+    """Return a line where drafts are asked for at another guidance than they were trained for."""
+    drafter = pipeline.drafter if isinstance(pipeline, DenoisingPipeline) else None
+    trained = None if drafter is None else drafter.trained_guidance
+    if trained in (None, pipeline.guidance):
+        return []
+    return [
+        f"the drafter was trained for guidance {trained:g}: with {pipeline.guidance:g} the samples "
+        "are as exact, but fewer drafts may stand"
+    ]
 
 
 def refinement_report(stats: Stats) -> list[str]:
@@ -211,7 +236,9 @@ def comparison_report(rows: list[Sampled]) -> list[str]:
         counts = f"{stats.target_calls:>8}{stats.target_rows:>8}"
         lines.append(f"{row.name:<18}{counts}{row.seconds:>10.3f}")
     if rows[0].stats.guarantee is Guarantee.HEURISTIC:
-        lines.append("refined samples have no law that is promised: judge them by what they are")
+        lines.append(
+            f"{rows[0].name} samples have no law that is promised: judge them by what they are"
+        )
         return lines
     if rows[0].stats.guarantee is Guarantee.BOUNDED_ERROR:
         lines.append("the drafted samples are near the plain ones of the same noise, not equal")
