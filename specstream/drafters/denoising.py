@@ -146,13 +146,15 @@ class ResidualDenoiser(StateDrafter):
 
     Args:
         network: from 2 C channels (state beside estimate) to C, told two times.
+        guidance: of the target that it is trained for.
     """
 
     calls_a_step = True
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, guidance: float = 1.0) -> None:
         super().__init__()
         self.network = network
+        self.trained_guidance = guidance
 
     def estimate(
         self, states: Tensor, steps: Tensor, context: StateContext, grid: StepGrid
@@ -175,12 +177,14 @@ class WindowDenoiser(StateDrafter):
     Args:
         network: from 2 C channels to L * C, told two times.
         num_steps: L, the longest window.
+        guidance: of the target that it is trained for.
     """
 
-    def __init__(self, network: nn.Module, num_steps: int) -> None:
+    def __init__(self, network: nn.Module, num_steps: int, guidance: float = 1.0) -> None:
         super().__init__()
         self.network = network
         self.num_steps = num_steps
+        self.trained_guidance = guidance
 
     def estimate(
         self, states: Tensor, steps: Tensor, context: StateContext, grid: StepGrid

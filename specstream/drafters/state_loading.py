@@ -37,6 +37,7 @@ def save_state_drafter(folder: Path, drafter: StateDrafter, target: Denoiser) ->
             assert isinstance(drafter, ResidualDenoiser | WindowDenoiser)
             assert isinstance(drafter.network, PatchTransformer)
             record["drafter"]["network"] = drafter.network.options
+            record["drafter"]["guidance"] = drafter.trained_guidance
             if isinstance(drafter, WindowDenoiser):
                 record["drafter"]["num_steps"] = drafter.num_steps
             weights = drafter.network.state_dict()
@@ -66,10 +67,11 @@ def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) ->
             return drafter.eval().requires_grad_(False)
         network = PatchTransformer(**record["drafter"]["network"])
         network.load_state_dict(load_file(folder / WEIGHTS))
+        trained = float(record["drafter"].get("guidance", 1.0))
         if kind == ResidualDenoiser.__name__:
-            drafter = ResidualDenoiser(network)
+            drafter = ResidualDenoiser(network, trained)
         else:
-            drafter = WindowDenoiser(network, int(record["drafter"]["num_steps"]))
+            drafter = WindowDenoiser(network, int(record["drafter"]["num_steps"]), trained)
     found, expected = fingerprint(target.network), record["target"].get("fingerprint")
     if expected is not None and found != expected:
         raise ValueError(

@@ -15,6 +15,7 @@ Shapes: B rows, N steps, W windows of a row, L the longest window, S the shape o
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ class ResidualModule(SummedLossModule):
     Args:
         network: from 2 C channels to C (at once: L * C), told two times.
         target: folder of the trained diffusion model.
-        num_steps, eta: of the sampler to draft for.
+        num_steps, eta, guidance: of the sampler to draft for.
         window: L, the most steps between the target's word and a drafted step.
         windows_per_row: W, windows that are used of each trajectory.
         step_loss: what is minimised.
@@ -100,6 +101,7 @@ class ResidualModule(SummedLossModule):
         target: str,
         num_steps: int = 50,
         eta: float = 1.0,
+        guidance: float = 1.0,
         window: int = 8,
         windows_per_row: int = 8,
         step_loss: StepLoss = RejectionProbability(),
@@ -111,6 +113,8 @@ class ResidualModule(SummedLossModule):
         super().__init__(optimizer, schedule)
         if not 0 < eta <= 1:
             raise ValueError(f"eta must be above 0 and at most 1 for drafts with a law, got {eta}")
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be a finite number, got {guidance}")
         if num_steps < 3:
             raise ValueError(f"num_steps must be at least 3 for steps to draft, got {num_steps}")
         if not 1 <= window < num_steps:
@@ -118,19 +122,25 @@ class ResidualModule(SummedLossModule):
         if windows_per_row < 1:
             raise ValueError(f"windows_per_row must be at least 1, got {windows_per_row}")
         self.target = load_denoiser(target).eval().requires_grad_(False)
-        self.eta, self.window, self.windows_per_row = eta, window, windows_per_row
+        self.eta, self.guidance = eta, guidance
+        self.window, self.windows_per_row = window, windows_per_row
         self.grid = self.target.schedule.grid(num_steps)
         self.step_loss = step_loss
         self.decoding = decoding
-        if decoding is not None and (decoding.num_steps, decoding.eta) != (num_steps, eta):
-            raise ValueError(
-                f"decoding samples with num_steps {decoding.num_steps} and eta {decoding.eta}, but "
-                f"drafts are trained for {num_steps} and {eta}"
-            )
+        if decoding is not None:
+            found = (decoding.num_steps, decoding.eta, decoding.guidance)
+            if found != (num_steps, eta, guidance):
+                raise ValueError(
+                    "decoding samples with num_steps {}, eta {} and guidance {}, but drafts are "
+                    "trained for {}, {} and {}".format(*found, num_steps, eta, guidance)
+                )
         if at_once and decoding is not None and decoding.window > window:
             raise ValueError(f"decoding.window {decoding.window} exceeds the window of {window}")
         self.drafter: ResidualDenoiser | WindowDenoiser
-        self.drafter = WindowDenoiser(network, window) if at_once else ResidualDenoiser(network)
+        if at_once:
+            self.drafter = WindowDenoiser(network, window, guidance)
+        else:
+            self.drafter = ResidualDenoiser(network, guidance)
 
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -141,6 +151,8 @@ class ResidualModule(SummedLossModule):
             raise ValueError(
                 f"the target's states are {list(self.target.shape)}, the data's {list(shape)}"
             )
+        if self.guidance != 1 and not (data.processor.classes or data.processor.text_size):
+            raise ValueError("guidance is the weight of a prompt, and this target takes none")
         at_once = self.window if isinstance(self.drafter, WindowDenoiser) else 1
         check_network(self.drafter.network, data, 2 * shape[0], at_once * shape[0], 2)
 
@@ -204,7 +216,7 @@ class ResidualModule(SummedLossModule):
         kept, said = [], []
         for step in range(grid.num_steps):
             steps = torch.full_like(keys, step)
-            estimates = self.target(states, steps, grid, condition)
+            estimates = self.target(states, steps, grid, condition, self.guidance)
             kept.append(states)
             said.append(estimates)
             law = transition(estimates, states, steps, grid, self.eta)

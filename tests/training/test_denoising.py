@@ -79,6 +79,29 @@ def test_an_untrained_residual_drafter_is_accepted_as_the_free_one(target: str) 
     assert 0 < metrics["acceptance"] < found.count
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_trajectories_and_estimates_are_those_of_the_guided_target(
+    target: str, guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ResidualModule(network(2, 2), target, num_steps=6, guidance=guidance, window=4)
+    object.__setattr__(module, "_trainer", type("T", (), {"current_epoch": 0})())
+    assert module.drafter.trained_guidance == guidance
+    kept = []
+    draw = module._trajectories
+    monkeypatch.setattr(
+        module, "_trajectories", lambda *given: kept.append(draw(*given)) or kept[0]
+    )
+    rows = batch()
+    module.loss(rows)
+    states, keys = kept[0].states, rows["keys"]
+    for step in range(6):
+        steps = torch.full_like(keys, step)
+        given = (states[step], steps, module.grid, {"classes": rows["classes"]}, guidance)
+        assert torch.allclose(kept[0].estimates[step], module.target(*given), atol=1e-5)
+    other = module.target(states[0], steps * 0, module.grid, {"classes": rows["classes"]}, 2.0)
+    assert not torch.allclose(kept[0].estimates[0], other, atol=1e-3)
+
+
 @pytest.mark.parametrize("at_once", [False, True])
 def test_training_asks_the_drafter_what_decoding_asks_it(target: str, at_once: bool) -> None:
     """Drafted means of a round equal those of the training forward on the same states."""
@@ -146,7 +169,9 @@ def small(drafter: bool) -> list[str]:
     return [*flags, "--data.init_args.batch_size", "4" if drafter else "16"]
 
 
-def test_a_target_and_its_drafter_are_trained_and_then_sample(tmp_path: Path) -> None:
+def test_a_target_and_its_drafter_are_trained_and_then_sample(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, drafts = tmp_path / "digits", tmp_path / "residual"
     often = ["--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", "3"]
     often += ["--trainer.limit_val_batches", "1"]
@@ -154,6 +179,7 @@ def test_a_target_and_its_drafter_are_trained_and_then_sample(tmp_path: Path) ->
     assert train(arguments(run, "digits", *small(False), *often)) == 0
     short = ["--model.init_args.num_steps", "8", "--model.init_args.window", "3"]
     short += [f"{sampling}num_steps", "8", f"{sampling}window", "3"]
+    short += ["--model.init_args.guidance", "2", f"{sampling}guidance", "2"]
     short += ["--model.init_args.target", str(run / "model")]
     assert train(arguments(drafts, "digits-residual", *small(True), *short, *often)) == 0
     assert list((run / "samples").glob("step-*.png"))
@@ -161,8 +187,12 @@ def test_a_target_and_its_drafter_are_trained_and_then_sample(tmp_path: Path) ->
     assert any("val/round_ratio" in row for row in logged)
     output = tmp_path / "seven.png"
     given = ["--run", str(drafts), "--prompt", "7", "--output", str(output)]
-    assert generate([*given, "--media.steps", "8", "--media.window", "3"]) == 0
-    assert output.is_file()
+    given += ["--media.steps", "8", "--media.window", "3", "--overwrite", "true"]
+    assert generate(given) == 0 and output.is_file()
+    shown = capsys.readouterr().err
+    assert "exact law" in shown and "the drafter was trained for guidance 2: with 1" in shown
+    assert generate([*given, "--media.guidance", "2"]) == 0
+    assert "the drafter was trained for" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -178,6 +208,8 @@ def test_a_target_and_its_drafter_are_trained_and_then_sample(tmp_path: Path) ->
         ("digits", ["--model.init_args.network.init_args.in_channels", "3"], "it must be 1"),
         ("digits-residual", ["--model.init_args.network.init_args.num_times", "1"], "must be 2"),
         ("digits-residual", ["--model.init_args.num_steps", "20"], "drafts are trained for 20"),
+        ("digits-residual", ["--model.init_args.guidance", "3"], "trained for 50, 1.0 and 3.0"),
+        ("digits-residual", ["--model.init_args.guidance", ".nan"], "must be a finite number"),
         ("digits-residual", ["--model.init_args.num_steps", "2"], "num_steps must be at least 3"),
     ],
 )
