@@ -193,3 +193,27 @@ def save_pipeline(
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def save_video_pipeline(folder: Path, scheduler: dict[str, object]) -> Path:
+    """Write an LTX pipeline whose text encoder knows the words "a" and "cat", of width 12."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "cat": 3}, "<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", model_max_length=128
+    )
+    config = T5Config(vocab_size=8, d_model=12, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    return save_pipeline(
+        folder,
+        "LTXPipeline",
+        scheduler,
+        transformer=fresh("LTXVideoTransformer3DModel"),
+        vae=fresh("AutoencoderKLLTXVideo"),
+        text_encoder=T5EncoderModel(config),
+        tokenizer=tokenizer,
+    )

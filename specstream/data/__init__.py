@@ -3,7 +3,7 @@
 Reading order: `sources` (what text; more of it in `chat`, `docstrings` and `planning`),
 `encoding` (tokens and mask), `packing` (rows), `preparation` (splits on disk), `loader` (the order
 of batches), `text` (the data module); `media_sources`, `real_media` and `sounds` for images, videos
-and sounds, and `media` for batches of them.
+and sounds, and `media` for batches of them; `captions` for texts that a target makes samples of.
 The data modules are imported on first use: sources and prompt files do not need lightning.
 """
 
@@ -28,10 +28,12 @@ from specstream.data.sources import (
 )
 
 if TYPE_CHECKING:
+    from specstream.data.captions import CaptionDataModule
     from specstream.data.media import MediaDataModule
     from specstream.data.text import TextDataModule
 
 __all__ = [
+    "CaptionDataModule",
     "CaptionedImages",
     "ChatMessages",
     "Countdown",
@@ -67,4 +69,8 @@ def __getattr__(name: str) -> Any:
         from specstream.data.media import MediaDataModule
 
         return MediaDataModule
+    if name == "CaptionDataModule":
+        from specstream.data.captions import CaptionDataModule
+
+        return CaptionDataModule
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from specstream.data.packing import PackedRows, restarting_positions
+
+if TYPE_CHECKING:
+    from lightning import Trainer
 
 Batch = dict[str, Tensor]
 
@@ -156,6 +160,16 @@ class Place:
 
 class TooFewRows(ValueError):
     """Rows that do not make one global batch, which every process of a run finds alike."""
+
+
+def place_of(trainer: Trainer | None) -> Place:
+    """Return which process a trainer runs in; under tensor parallelism, of the data's mesh."""
+    from lightning.pytorch.strategies import ParallelStrategy
+
+    if trainer is None or not isinstance(trainer.strategy, ParallelStrategy):
+        return Place()
+    own = trainer.strategy.distributed_sampler_kwargs
+    return Place(own["rank"], own["num_replicas"])
 
 
 class RowLoader:

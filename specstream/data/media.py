@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.strategies import ParallelStrategy
 
-from specstream.data.loader import FILLING, Batch, BatchRows, Place, RowLoader
+from specstream.data.loader import FILLING, Batch, BatchRows, RowLoader, place_of
 from specstream.data.media_sources import MediaSource, Samples
 from specstream.media_processor import MediaProcessor
 
@@ -141,7 +140,7 @@ class MediaDataModule(L.LightningDataModule):
 
     def numbers(self, held_out: bool, bucket: int = 0) -> np.ndarray:
         """Return where the samples of a bucket lie that are held out, or the others."""
-        shares = np.array([_place(int(key)) for key in self.buckets[bucket].keys])
+        shares = np.array([held_out_place(int(key)) for key in self.buckets[bucket].keys])
         return np.flatnonzero((shares < self.validation_fraction) == held_out)
 
     def train_dataloader(self) -> RowLoader:
@@ -151,10 +150,6 @@ class MediaDataModule(L.LightningDataModule):
         return self._loader(held_out=True) if self.validation_fraction else []
 
     def _loader(self, held_out: bool) -> RowLoader:
-        place = Place()
-        if self.trainer is not None and isinstance(self.trainer.strategy, ParallelStrategy):
-            own = self.trainer.strategy.distributed_sampler_kwargs
-            place = Place(own["rank"], own["num_replicas"])
         return RowLoader(
             SampleDataset(
                 self.buckets, [self.numbers(held_out, n) for n in range(len(self.buckets))]
@@ -163,7 +158,7 @@ class MediaDataModule(L.LightningDataModule):
             seed=self.seed,
             shuffle=not held_out,
             drop_last=not held_out,
-            place=place,
+            place=place_of(self.trainer),
             num_workers=self.num_workers,
         )
 
@@ -206,6 +201,6 @@ def check_alike(sources: Sequence[MediaSource]) -> None:
                 )
 
 
-def _place(number: int) -> float:
+def held_out_place(number: int) -> float:
     """Return a stable number in [0, 1) for a sample: below the held-out fraction means held out."""
     return int.from_bytes(hashlib.sha256(str(number).encode()).digest()[:8], "big") / 2**64

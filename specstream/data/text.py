@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
-from lightning.pytorch.strategies import ParallelStrategy
 
 from specstream.data.cache import build_once, cache_folder, cache_key
-from specstream.data.loader import Place, RowDataset, RowLoader
+from specstream.data.loader import RowDataset, RowLoader, place_of
 from specstream.data.packing import PackedRows
 from specstream.data.preparation import (
     FORMAT_VERSION,
@@ -312,16 +311,12 @@ class TextDataModule(L.LightningDataModule):
         )
 
     def _loader(self, split: Split, shuffle: bool, drop_last: bool) -> RowLoader:
-        place = Place()
-        if self.trainer is not None and isinstance(self.trainer.strategy, ParallelStrategy):
-            own = self.trainer.strategy.distributed_sampler_kwargs  # tensor parallel: data mesh
-            place = Place(own["rank"], own["num_replicas"])
         return RowLoader(
             RowDataset(self.rows(split)),
             batch_size=self.batch_size,
             seed=self.seed,
             shuffle=shuffle,
             drop_last=drop_last,
-            place=place,
+            place=place_of(self.trainer),
             num_workers=self.num_workers,
         )

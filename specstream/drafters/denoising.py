@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from specstream.models.consistency import ConsistencyModel
 from specstream.models.denoiser import Denoiser
+from specstream.models.text_conditions import short_condition
 from specstream.sampling import Noise, Role
 from specstream.structures import Law, StateContext, StateDraft
 from specstream.transitions import (
@@ -164,7 +165,8 @@ class ResidualDenoiser(StateDrafter):
         gate = (grid.sigmas[seen] - grid.sigmas[steps]).clamp(min=0).sqrt()
         both = torch.cat([states, context.estimates], 1)
         dtype = next(self.network.parameters()).dtype
-        change = self.network(both.to(dtype), times, **context.condition).float()
+        told = short_condition(context.condition)
+        change = self.network(both.to(dtype), times, **told).float()
         return context.estimates + gate.to(change).view(-1, *[1] * (change.dim() - 1)) * change
 
 
@@ -201,7 +203,8 @@ class WindowDenoiser(StateDrafter):
         times = torch.stack([grid.times[start], grid.times[seen]], -1).float()
         both = torch.cat([context.states, context.estimates], 1)
         dtype = next(self.network.parameters()).dtype
-        said = self.network(both.to(dtype), times, **context.condition).float()
+        told = short_condition(context.condition)
+        said = self.network(both.to(dtype), times, **told).float()
         change = said.unflatten(1, (self.num_steps, -1))[:, :num_steps]  # (R, K, *S)
         ahead = torch.arange(num_steps, device=start.device)
         steps = (start[:, None] + ahead).clamp(max=grid.num_steps - 1)

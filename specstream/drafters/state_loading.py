@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from specstream.drafters.denoising import (
     IndependentDenoiser,
@@ -18,6 +21,7 @@ from specstream.models.consistency import STUDENT, load_student
 from specstream.models.denoiser import Denoiser, load_denoiser
 from specstream.models.fingerprint import fingerprint
 from specstream.models.patch_transformer import PatchTransformer
+from specstream.models.pretrained_denoiser import PretrainedDenoiser
 
 WEIGHTS = "draft.safetensors"
 
@@ -30,6 +34,8 @@ def save_state_drafter(folder: Path, drafter: StateDrafter, target: Denoiser) ->
         "drafter": {"class_path": f"specstream.drafters.{type(drafter).__name__}"},
         "target": {"path": target.path, "fingerprint": fingerprint(target.network)},
     }
+    if isinstance(target, PretrainedDenoiser):
+        record["target"]["init_args"] = target.options
     with replaced_folder(folder) as new:
         if isinstance(drafter, IndependentDenoiser):
             drafter.denoiser.save(new)
@@ -43,6 +49,36 @@ def save_state_drafter(folder: Path, drafter: StateDrafter, target: Denoiser) ->
             weights = drafter.network.state_dict()
             save_file({n: value.contiguous() for n, value in weights.items()}, new / WEIGHTS)
         (new / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def load_small(
+    path: str | Path, device: str | torch.device = "cpu", dtype: str | None = None
+) -> Denoiser:
+    """Load a diffusion model of this package; ValueError where a dtype is asked for."""
+    if dtype is not None:
+        raise ValueError("dtype: small models of media are kept in float32")
+    return load_denoiser(path, device)
+
+
+def load_state_target(
+    folder: Path,
+    device: str | torch.device = "cpu",
+    dtype: str | None = None,
+    sizes: Mapping[str, float | None] | None = None,
+) -> Denoiser:
+    """Load the target that the drafter of `folder` was trained for; ValueError where it is gone.
+
+    `dtype` is for models of `diffusers`, and so are `sizes` by name: what they are to make, where
+    that is not what the drafter was trained for.
+    """
+    named = read_record(folder)["target"]
+    path = str(named["path"])
+    if "init_args" not in named:
+        return load_small(path, device, dtype)
+    asked = {name: value for name, value in (sizes or {}).items() if value is not None}
+    with one_line(f"the target of '{folder}'"):
+        options = named["init_args"] | asked
+        return PretrainedDenoiser(path, device=str(device), dtype=dtype or "auto", **options)
 
 
 def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) -> StateDrafter:

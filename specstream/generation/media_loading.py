@@ -19,7 +19,7 @@ from specstream.drafters.denoising import (
     WindowDenoiser,
 )
 from specstream.drafters.loading import read_record
-from specstream.drafters.state_loading import load_state_drafter
+from specstream.drafters.state_loading import load_small, load_state_drafter, load_state_target
 from specstream.generation.accept_by_error import AcceptByErrorPipeline
 from specstream.generation.consistency import ConsistencyPipeline
 from specstream.generation.denoising import DenoisingPipeline
@@ -43,7 +43,7 @@ from specstream.generation.solvers import (
 from specstream.media_processor import MediaProcessor, load_media_processor
 from specstream.models.codec import Compression, PixelCodec
 from specstream.models.consistency import ConsistencyModel
-from specstream.models.denoiser import FORM, Denoiser, load_denoiser
+from specstream.models.denoiser import FORM, Denoiser
 from specstream.models.pretrained_denoiser import PretrainedDenoiser
 from specstream.models.state_shape import MediaSize, shape_of_size
 from specstream.verification.quality import AdaptiveThreshold
@@ -68,7 +68,10 @@ class Refinement:
 
 @dataclass(frozen=True, slots=True)
 class SamplerOptions:
-    """How samples are drawn: the options that a run and a target of `diffusers` share."""
+    """How samples are drawn: the options that a run and a target of `diffusers` share.
+
+    Without a `batch_size` samples of a large model are drawn one by one, `MOST_AT_ONCE` of a small.
+    """
 
     num_steps: int = 50
     eta: float | None = None
@@ -78,7 +81,7 @@ class SamplerOptions:
     free_draft: Literal["estimate", "velocity"] | None = None
     window: Window | None = None
     refinement: Refinement | None = None
-    batch_size: int = MOST_AT_ONCE
+    batch_size: int | None = None
     devices: int = 1
     size: MediaSize = field(default_factory=MediaSize)
     frame_rate: float | None = None
@@ -142,14 +145,17 @@ def is_media_run(run: str | Path) -> bool:
     if (folder / "model" / FORM).is_file() or (folder / FORM).is_file():
         return True
     try:
-        target = read_record(folder / "draft")["target"]["path"]
+        target = read_record(folder / "draft")["target"]
     except ValueError:
         return False
-    return (Path(str(target)) / FORM).is_file()
+    return "init_args" in target or (Path(str(target["path"])) / FORM).is_file()
 
 
 def load_media_run(
-    run: str | Path, options: SamplerOptions | None = None, device: str = "auto"
+    run: str | Path,
+    options: SamplerOptions | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
 ) -> MediaRun:
     """Load a run, its drafter with its target, or a trained model alone, and put it together.
 
@@ -161,29 +167,38 @@ def load_media_run(
     if draft.is_dir():
         if options.free_draft is not None:
             raise ValueError(f"'{run}' has a trained drafter: free_draft is for a target alone")
-        path = str(read_record(draft)["target"]["path"])
-        target = load_denoiser(path, place)
+        sizes = vars(options.size) | {"frame_rate": options.frame_rate}
+        target = load_state_target(draft, place, dtype, sizes)
         drafter = load_state_drafter(draft, target, options.guidance)
+        if isinstance(target, PretrainedDenoiser):
+            return media_of_target(target, options, drafter)
     else:
-        path = str(folder / "model" if (folder / "model").is_dir() else folder)
-        target = load_denoiser(path, place)
-    processor = played(load_media_processor(path), options.frame_rate)
+        path = folder / "model" if (folder / "model").is_dir() else folder
+        target = load_small(path, place, dtype)
+    assert target.path is not None
+    processor = played(load_media_processor(target.path), options.frame_rate)
     resize(target, drafter, processor, options.size)
     if options.guidance != 1 and not (processor.classes or processor.text_size):
         raise ValueError("guidance is the weight of a prompt, and this model takes none")
     return MediaRun(media_sampler(target, drafter, processor, options), processor)
 
 
-def media_of_target(target: PretrainedDenoiser, options: SamplerOptions) -> MediaRun:
+def media_of_target(
+    target: PretrainedDenoiser, options: SamplerOptions, drafter: StateDrafter | None = None
+) -> MediaRun:
     """Put a target of `diffusers` into a pipeline; ValueError for options without effect."""
     refinement = options.refinement
     pixels = isinstance(target.codec, PixelCodec)
     if refinement is not None and refinement.score == "appearance" and not pixels:
         raise ValueError("refinement_score appearance looks at pixels; this target makes latents")
+    processor = played(target_processor(target), options.frame_rate)
+    return MediaRun(media_sampler(target, drafter, processor, options), processor, target)
+
+
+def target_processor(target: PretrainedDenoiser) -> MediaProcessor:
+    """Return what turns the media of a target of `diffusers` into files."""
     rate = target.codec.compression.sample_rate or MediaProcessor.sample_rate
-    processor = MediaProcessor(target.kind, target.frame_rate, rate)
-    processor = played(processor, options.frame_rate)
-    return MediaRun(media_sampler(target, None, processor, options), processor, target)
+    return MediaProcessor(target.kind, target.frame_rate, rate)
 
 
 def played(processor: MediaProcessor, frame_rate: float | None) -> MediaProcessor:
@@ -218,11 +233,12 @@ def media_sampler(
 ) -> DenoisingSampler:
     """Return the pipeline that the options name; ValueError for options without effect."""
     target.eval().requires_grad_(False)
-    if options.sampler == "consistency" and options.refinement is None:
-        return few_step_sampler(target, drafter, options)
+    usual = 1 if isinstance(target, PretrainedDenoiser) else MOST_AT_ONCE
+    refinement, size = options.refinement, options.batch_size or usual
+    if options.sampler == "consistency" and refinement is None:
+        return few_step_sampler(target, drafter, options, size)
     if options.devices > 1:
         target.spread(spread_devices(target.device, options.devices))
-    refinement, size = options.refinement, options.batch_size
     if refinement is not None:
         return RefinementPipeline(
             target,
@@ -240,7 +256,7 @@ def media_sampler(
     if options.sampler != "ddim":
         if drafter is not None or options.free_draft is not None:
             raise ValueError(f"drafters are for ddim's steps, not for sampler {options.sampler}")
-        return deterministic_sampler(target, options)
+        return deterministic_sampler(target, options, size)
     if options.tolerance is not None:
         raise ValueError("tolerance is for the samplers by-error and picard")
     drafter = free_drafter(options.free_draft, target) if drafter is None else drafter
@@ -258,7 +274,7 @@ def media_sampler(
 
 
 def few_step_sampler(
-    target: Denoiser, drafter: StateDrafter | None, options: SamplerOptions
+    target: Denoiser, drafter: StateDrafter | None, options: SamplerOptions, batch_size: int
 ) -> ConsistencyPipeline:
     """Return the sampler of a run's student; ValueError for none, or an option without effect."""
     student = drafter.denoiser if isinstance(drafter, IndependentDenoiser) else None
@@ -274,12 +290,12 @@ def few_step_sampler(
         )
     if options.devices > 1:
         student.spread(spread_devices(student.device, options.devices))
-    return ConsistencyPipeline(target, student, options.num_steps, options.batch_size)
+    return ConsistencyPipeline(target, student, options.num_steps, batch_size)
 
 
-def deterministic_sampler(target: Denoiser, options: SamplerOptions) -> DenoisingSampler:
+def deterministic_sampler(target: Denoiser, options: SamplerOptions, size: int) -> DenoisingSampler:
     """Return a better solver, or one that guesses; ValueError for options without effect."""
-    name, size = options.sampler, options.batch_size
+    name = options.sampler
     solvers: dict[str, Solver] = {
         "adams-bashforth": AdamsBashforth2(),
         "dpm-solver++": DPMSolver2M(),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from specstream.models.codec import (
     PixelCodec,
     compression_of,
 )
-from specstream.models.denoiser import Denoiser
+from specstream.models.denoiser import Denoiser, load_denoiser
 from specstream.models.diffusers_network import DiffusersNetwork
 from specstream.models.noise_schedule import FlowSchedule, NoiseSchedule
 from specstream.models.pretrained_parts import Parts, load_part, network_class, read_parts
@@ -43,6 +44,8 @@ class PretrainedDenoiser(Denoiser):
 
     Everything that can be refused is refused before a weight is read or downloaded, as ValueError
     in one line: an unknown network or scheduler, a size that the model cannot make.
+
+    `options` are what builds the same model again, without where and how precisely it computes.
 
     Args:
         path: a pipeline's folder, or its id on the model hub.
@@ -82,6 +85,16 @@ class PretrainedDenoiser(Denoiser):
         offload: str = "none",
         tile: bool = False,
     ) -> None:
+        options = {
+            "height": height,
+            "width": width,
+            "num_frames": num_frames,
+            "seconds": seconds,
+            "frame_rate": frame_rate,
+            "prompt_weight": prompt_weight,
+            "shift": shift,
+            "conditions": conditions,
+        }
         home = check_memory(quantize, quantize_codec, offload, device)
         parts = read_parts(path)
         compression = compression_of_parts(parts)
@@ -99,11 +112,19 @@ class PretrainedDenoiser(Denoiser):
         self.codec = load_codec(parts, resolve_dtype(codec_dtype, device), tile)
         self.parts = parts
         self.path = path
+        self.options = options
         self.frame_rate = frame_rate
         self.seconds = seconds or sound_seconds(shape, compression)
         self.stored = stored
         self.free = {} if stored is None else stored.free
         self.memory = self._place(home, quantize, quantize_codec, offload)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes a prompt may name; 0 where prompts are texts or there are none."""
+        assert isinstance(self.network, DiffusersNetwork)
+        named = self.network.needs == ("classes",)
+        return int(self.network.model.config.num_embeds_ada_norm) if named else 0
 
     @property
     def kind(self) -> Kind:
@@ -251,6 +272,18 @@ class PretrainedDenoiser(Denoiser):
         if self.seconds is not None and rate:
             media = media[..., : round(self.seconds * rate)]
         return media
+
+
+def find_denoiser(target: str | Denoiser) -> Denoiser:
+    """Return what a training is told of its target: a folder of either kind, or a model that is.
+
+    Raises ValueError for a folder that holds none.
+    """
+    if isinstance(target, Denoiser):
+        return target
+    if (Path(target) / "model_index.json").is_file():
+        return PretrainedDenoiser(target)
+    return load_denoiser(target)
 
 
 def check_memory(quantized: str, codec_quantized: str, offload: str, device: str) -> torch.device:

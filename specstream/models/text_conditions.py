@@ -8,7 +8,7 @@ Shapes: B prompts, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 NEGATIVE = "negative_"  # of the names in a file
 Told = dict[str, Tensor]
+SMALLEST_SIZE = 1e-6  # of a text's vector: below it there is no text
+AT_ONCE = 16  # prompts that are encoded together
 LENGTHS = {  # tokens of a prompt, as they were trained
     "WanPipeline": 512,
     "CogVideoXPipeline": 226,
@@ -68,6 +70,22 @@ def read_conditions(path: str) -> TextConditions:
     return TextConditions(given, free)
 
 
+def short_condition(condition: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return what a small network is told of a condition (R, ...): its class, or one vector.
+
+    Of a text whose tokens are embedded, (R, T, D), that is their mean, its numbers about 1 large:
+    `text`, float32 (R, D).
+    """
+    embeds = condition.get("prompt_embeds")
+    if embeds is None:
+        return condition
+    mask = condition.get("prompt_mask")
+    shares = torch.ones_like(embeds[..., 0]) if mask is None else mask.to(embeds)
+    mean = (embeds * shares[..., None]).float().sum(1)  # of a length that is divided out
+    size = mean.square().mean(1, keepdim=True).sqrt()
+    return {"text": mean / size.clamp(min=SMALLEST_SIZE)}
+
+
 def encode_prompts(
     parts: Parts,
     models: dict[str, ModelMixin],
@@ -98,7 +116,11 @@ def encode_prompts(
             if isinstance(part, torch.nn.Module) and name not in models:
                 part.to(device)
         with torch.inference_mode():
-            given = encode(pipeline, list(prompts), seconds, device)
+            said = [
+                encode(pipeline, list(prompts[first : first + AT_ONCE]), seconds, device)
+                for first in range(0, len(prompts), AT_ONCE)
+            ]
+            given = {name: torch.cat([one[name] for one in said]) for name in said[0]}
             free = None if negative else without_prompt(pipeline, given)
             if free is None:
                 free = encode(pipeline, [negative], seconds, device)

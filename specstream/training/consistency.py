@@ -144,7 +144,7 @@ class ConsistencyModule(SummedLossModule):
         drafter = IndependentDenoiser(self.student)
         samples = self.decoding.num_samples
         shown = ConsistencyPipeline(self.target, self.student, self.sample_steps, samples)
-        found = self.decoding.run(self, self.target, drafter, processor, shown)
+        found = self.decoding.run(self, self.target, drafter, processor, shown=shown)
         self.log_dict(found, rank_zero_only=True)
 
     def export(self, run: Path, processor: MediaProcessor) -> Path:  # type: ignore[override]

@@ -147,24 +147,23 @@ def check_network(
     network: nn.Module, data: Any, in_channels: int, out_channels: int, num_times: int
 ) -> None:
     """Raise ValueError where a network is not of the data's channels, classes or texts."""
+    processor, axes = data.processor, len(data.shape) - 1
+    channels = {"in_channels": in_channels, "out_channels": out_channels, "num_times": num_times}
+    check_sizes(network, channels, axes, len(processor.classes), processor.text_size)
+
+
+def check_sizes(
+    network: nn.Module, channels: dict[str, int], axes: int, num_classes: int, text_size: int
+) -> None:
+    """Raise ValueError where a network's options are others than it must have here."""
     if not isinstance(network, PatchTransformer):
         return
-    processor = data.processor
-    wanted = {
-        "in_channels": in_channels,
-        "out_channels": out_channels,
-        "num_times": num_times,
-        "num_classes": len(processor.classes),
-        "text_size": processor.text_size,
-    }
+    wanted = channels | {"num_classes": num_classes, "text_size": text_size}
     for name, value in wanted.items():
         found = network.options[name]
         if found != value and not (name in ("num_classes", "text_size") and found == 0):
             raise ValueError(f"model.network: {name} is {found}, but here it must be {value}")
-    if processor.classes and not network.options["num_classes"]:
-        raise ValueError(
-            f"model.network: num_classes is 0, but the data has {wanted['num_classes']}"
-        )
-    axes = len(data.shape) - 1
+    if num_classes and not network.options["num_classes"]:
+        raise ValueError(f"model.network: num_classes is 0, but the data has {num_classes}")
     if len(network.patch) != axes:
         raise ValueError(f"model.network: patch has {len(network.patch)} sizes for {axes} axes")

@@ -25,15 +25,19 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW
 
+from specstream.data.captions import CaptionDataModule
 from specstream.drafters.denoising import ResidualDenoiser, WindowDenoiser
 from specstream.drafters.state_loading import save_state_drafter
+from specstream.generation.media_loading import target_processor
 from specstream.media_processor import MediaProcessor
-from specstream.models.denoiser import load_denoiser
+from specstream.models.denoiser import Denoiser
 from specstream.models.patch_transformer import PatchTransformer
+from specstream.models.pretrained_denoiser import PretrainedDenoiser, find_denoiser
 from specstream.sampling import Noise, Role
 from specstream.structures import StateContext
 from specstream.training.base import Batch, LossSum, SummedLossModule
-from specstream.training.denoising import check_network, condition_of
+from specstream.training.captions import EncodedCaptions, check_whole, encode_captions
+from specstream.training.denoising import check_sizes, condition_of
 from specstream.training.optimization import Schedule
 from specstream.training.sampling import HeldOutSampling
 from specstream.transitions import StepGrid, estimate_weights, step_stds, transition
@@ -86,7 +90,8 @@ class ResidualModule(SummedLossModule):
 
     Args:
         network: from 2 C channels to C (at once: L * C), told two times.
-        target: folder of the trained diffusion model.
+        target: the diffusion model: its folder, also of a pipeline of `diffusers`, or a
+            `PretrainedDenoiser` with options.  For a model of `diffusers` the data are captions.
         num_steps, eta, guidance: of the sampler to draft for.
         window: L, the most steps between the target's word and a drafted step.
         windows_per_row: W, windows that are used of each trajectory.
@@ -98,7 +103,7 @@ class ResidualModule(SummedLossModule):
     def __init__(
         self,
         network: PatchTransformer,
-        target: str,
+        target: str | Denoiser,
         num_steps: int = 50,
         eta: float = 1.0,
         guidance: float = 1.0,
@@ -121,7 +126,10 @@ class ResidualModule(SummedLossModule):
             raise ValueError(f"window must be in 1..{num_steps - 1}, got {window}")
         if windows_per_row < 1:
             raise ValueError(f"windows_per_row must be at least 1, got {windows_per_row}")
-        self.target = load_denoiser(target).eval().requires_grad_(False)
+        self.target = find_denoiser(target).eval().requires_grad_(False)
+        if isinstance(self.target, PretrainedDenoiser):
+            check_whole(self.target)
+        self.captions: EncodedCaptions | None = None
         self.eta, self.guidance = eta, guidance
         self.window, self.windows_per_row = window, windows_per_row
         self.grid = self.target.schedule.grid(num_steps)
@@ -144,6 +152,15 @@ class ResidualModule(SummedLossModule):
 
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        pretrained = isinstance(self.target, PretrainedDenoiser)
+        if pretrained != isinstance(data, CaptionDataModule):
+            raise ValueError(
+                "data: drafters of a diffusers target are trained with captions, "
+                "specstream.data.CaptionDataModule, and others are not"
+            )
+        if pretrained:
+            self._read_captions(data.prompts)
+            return
         shape = data.shape
         if self.decoding is not None:
             self.decoding.check(data.processor)
@@ -151,16 +168,34 @@ class ResidualModule(SummedLossModule):
             raise ValueError(
                 f"the target's states are {list(self.target.shape)}, the data's {list(shape)}"
             )
-        if self.guidance != 1 and not (data.processor.classes or data.processor.text_size):
+        self._check(len(data.processor.classes), data.processor.text_size)
+
+    def _read_captions(self, prompts: list[str]) -> None:
+        assert isinstance(self.target, PretrainedDenoiser)
+        if self.decoding is not None:
+            target_processor(self.target).check_writer()
+        self.captions = encode_captions(self.target, prompts)
+        self._check(self.captions.num_classes, self.captions.text_size)
+        for name, value in self.captions.told.items() if self.guidance != 1 else ():
+            self.target.unconditional(name, value)  # where nothing is known of it, refused here
+
+    def _check(self, num_classes: int, text_size: int) -> None:
+        """Raise ValueError for a network that does not fit, or a guidance without prompts."""
+        if self.guidance != 1 and not (num_classes or text_size):
             raise ValueError("guidance is the weight of a prompt, and this target takes none")
+        colours, axes = self.target.shape[0], len(self.target.shape) - 1
         at_once = self.window if isinstance(self.drafter, WindowDenoiser) else 1
-        check_network(self.drafter.network, data, 2 * shape[0], at_once * shape[0], 2)
+        channels = {"in_channels": 2 * colours, "out_channels": at_once * colours, "num_times": 2}
+        check_sizes(self.drafter.network, channels, axes, num_classes, text_size)
+
+    def _condition(self, batch: Batch) -> dict[str, Tensor]:
+        return condition_of(batch) if self.captions is None else self.captions.of(batch["prompts"])
 
     def loss(self, batch: Batch) -> LossSum:
         grid = self.grid.to(self.device)
         noise = self.epoch_noise()
         keys = batch["keys"]
-        condition = condition_of(batch)
+        condition = self._condition(batch)
         with torch.no_grad():
             seen = self._trajectories(keys, condition, grid, noise)
         starts, steps = self._windows(keys, noise)  # (W, B) each
@@ -197,8 +232,12 @@ class ResidualModule(SummedLossModule):
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         if self.decoding is not None:
-            processor = self.trainer.datamodule.processor  # type: ignore[attr-defined]
-            found = self.decoding.run(self, self.target, self.drafter, processor)
+            processor, condition = self.trainer.datamodule.processor, None  # type: ignore[attr-defined]
+            if self.captions is not None:
+                assert isinstance(self.target, PretrainedDenoiser)
+                processor = target_processor(self.target)
+                condition = self.captions.first(self.decoding.num_samples, self.device)
+            found = self.decoding.run(self, self.target, self.drafter, processor, condition)
             self.log_dict(found, rank_zero_only=True)
 
     def _guess(self, states: Tensor, at: Tensor, context: StateContext, grid: StepGrid) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
 
 from specstream.drafters.denoising import StateDrafter
 from specstream.generation.denoising import DenoisingPipeline
@@ -20,6 +21,7 @@ from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.lengths import FixedLength
 from specstream.media_processor import MediaProcessor
 from specstream.models.denoiser import Denoiser
+from specstream.models.pretrained_denoiser import PretrainedDenoiser
 
 FOLDER = "samples"
 
@@ -62,11 +64,13 @@ class HeldOutSampling:
         target: Denoiser,
         drafter: StateDrafter | None,
         processor: MediaProcessor,
+        condition: dict[str, Tensor] | None = None,
         shown: DenoisingSampler | None = None,
     ) -> dict[str, float]:
         """Sample in the first process, show it, and return what is to be logged.
 
-        `shown` draws the samples on the sheet, where it is not the target's sampler.
+        `condition` holds what the target is told of each sample, None: the classes in turn; `shown`
+        draws the samples on the sheet, where it is not the target's sampler.
         """
         if not module.trainer.is_global_zero or module.trainer.sanity_checking:
             return {}
@@ -79,14 +83,14 @@ class HeldOutSampling:
             lengths=None if drafter is None else FixedLength(self.window),
             batch_size=self.num_samples,
         )
-        condition = {}
-        if processor.classes:
+        if condition is None and processor.classes:
             numbers = torch.arange(self.num_samples) % len(processor.classes)
-            condition["classes"] = numbers.to(module.device)
+            condition = {"classes": numbers.to(module.device)}
         samples = pipeline.complete(self.num_samples, condition, seed=self.seed)
         if shown is not None:
             samples = shown.complete(self.num_samples, condition, seed=self.seed)
-        self._show(module, samples, processor)
+        media = target.decode(samples) if isinstance(target, PretrainedDenoiser) else samples
+        self._show(module, media, processor)
         stats = pipeline.stats
         if drafter is None:
             return {}

@@ -17,7 +17,7 @@ from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import FixedLength
 from specstream.models import PretrainedDenoiser
 from specstream.sampling import Noise, Role
-from tests.diffusers_toys import fresh, save_pipeline
+from tests.diffusers_toys import fresh, save_pipeline, save_video_pipeline
 
 FLOW = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -145,26 +145,7 @@ def test_what_was_converted_is_reported_and_what_could_not_be(image: str, video:
 def test_prompts_are_encoded_by_the_text_encoder_of_the_pipeline(
     video: str, tmp_path: Path
 ) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    words = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "cat": 3}, "<unk>"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", model_max_length=128
-    )
-    config = T5Config(vocab_size=8, d_model=12, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    folder = save_pipeline(
-        tmp_path / "ltx",
-        "LTXPipeline",
-        FLOW,
-        transformer=fresh("LTXVideoTransformer3DModel"),
-        vae=fresh("AutoencoderKLLTXVideo"),
-        text_encoder=T5EncoderModel(config),
-        tokenizer=tokenizer,
-    )
+    folder = save_video_pipeline(tmp_path / "ltx", FLOW)
     target = loaded(str(folder), **SIZE)
     condition = target.condition(["a cat", "cat"], negative="a")
     assert condition["prompt_embeds"].shape == (2, 128, 12)

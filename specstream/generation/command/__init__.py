@@ -30,7 +30,6 @@ from specstream.generation.masked_loading import (
     load_masked_run,
 )
 from specstream.generation.media_loading import (
-    MOST_AT_ONCE,
     MediaRun,
     SamplerOptions,
     is_media_run,
@@ -110,7 +109,6 @@ def make_media_run(options: Options, target: PretrainedDenoiser | None) -> Media
         if getattr(options, name) != getattr(default, name):
             wrong(name, "is for text, and this is a diffusion model of media")
     media = options.media
-    small = MOST_AT_ONCE if options.batch_size == Options.batch_size else options.batch_size
     how = SamplerOptions(
         num_steps=media.num_steps,
         eta=media.eta,
@@ -122,14 +120,12 @@ def make_media_run(options: Options, target: PretrainedDenoiser | None) -> Media
         refinement=media.refinement,
         size=media.size,
         frame_rate=media.frame_rate,
-        batch_size=small if target is None else options.batch_size,
+        batch_size=None if options.batch_size == Options.batch_size else options.batch_size,
         devices=media.devices,
     )
     if target is not None:
         return media_of_target(target, how)
-    if options.dtype is not None:
-        wrong("dtype", "small models of media are kept in float32")
-    return load_media_run(str(options.run), how, options.device)
+    return load_media_run(str(options.run), how, options.device, options.dtype)
 
 
 def make_masked_pipeline(
