@@ -121,6 +121,7 @@ class StateContext:
     seen_steps: Tensor  # (B,) where it stood; -1: there is none yet
     estimates: Tensor  # (B, *S) the target's estimate of the data there
     known: KnownParts | None = None  # of the samples; None: all is to be made
+    features: Tensor | None = None  # (B, P, D) the target's hidden states there, if they are read
 
     def rows(self, chosen: Tensor) -> StateContext:
         """Return the rows of an index (R,), as a copy."""
@@ -134,6 +135,7 @@ class StateContext:
             self.seen_steps[chosen],
             self.estimates[chosen],
             None if self.known is None else self.known.rows(chosen),
+            None if self.features is None else self.features[chosen],
         )
 
 

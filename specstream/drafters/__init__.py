@@ -6,9 +6,7 @@ from specstream.drafters.denoising import (
     FrozenEstimate,
     FrozenVelocity,
     IndependentDenoiser,
-    ResidualDenoiser,
     StateDrafter,
-    WindowDenoiser,
 )
 from specstream.drafters.draft_model import CutDraftModel, DraftModel
 from specstream.drafters.eagle import Eagle3
@@ -16,6 +14,7 @@ from specstream.drafters.lookup_first import LookupFirst
 from specstream.drafters.masked import MaskedDraftModel
 from specstream.drafters.medusa import Medusa
 from specstream.drafters.prompt_lookup import PromptLookup
+from specstream.drafters.residual import ResidualDenoiser, WindowDenoiser
 from specstream.drafters.streaming import SpeculativeStreaming
 from specstream.drafters.translated import TranslatedDrafter
 

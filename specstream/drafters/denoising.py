@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from specstream.models.consistency import ConsistencyModel
 from specstream.models.denoiser import Denoiser
-from specstream.models.text_conditions import short_condition
 from specstream.sampling import Noise, Role
 from specstream.structures import Law, StateContext, StateDraft
 from specstream.transitions import (
@@ -37,13 +36,15 @@ class StateDrafter(nn.Module, ABC):
 
     `needs_estimate` says that it goes on from what the target said last: until there is such an
     estimate, the rows wait.  `trained_guidance` is that of the target it was trained for: with
-    another its drafts are as exact, but fewer may stand; None: it is for any.
+    another its drafts are as exact, but fewer may stand; None: it is for any.  `feature_size` is
+    the width of the target's hidden states that it reads; 0: it reads none.
     """
 
     law: ClassVar[Law] = Law.GAUSSIAN
     needs_estimate: ClassVar[bool] = True
     calls_a_step: ClassVar[bool] = False  # whether a network runs for every drafted step
     trained_guidance: float | None = None
+    feature_size: int = 0
 
     @abstractmethod
     def estimate(
@@ -136,78 +137,3 @@ class IndependentDenoiser(StateDrafter):
         self, states: Tensor, steps: Tensor, context: StateContext, grid: StepGrid
     ) -> Tensor:
         return self.denoiser(states, steps, grid, context.condition, self.guidance)
-
-
-class ResidualDenoiser(StateDrafter):
-    """The target's last estimate, corrected by a small network that is told where it was made.
-
-    guess = estimate + gate * network(state, estimate, time, time of the estimate); the gate is 0
-    where no time has passed, and the network's last layer is 0 before training, so that it starts
-    as `FrozenEstimate` and training can only leave it where the acceptance says so.
-
-    Args:
-        network: from 2 C channels (state beside estimate) to C, told two times.
-        guidance: of the target that it is trained for.
-    """
-
-    calls_a_step = True
-
-    def __init__(self, network: nn.Module, guidance: float = 1.0) -> None:
-        super().__init__()
-        self.network = network
-        self.trained_guidance = guidance
-
-    def estimate(
-        self, states: Tensor, steps: Tensor, context: StateContext, grid: StepGrid
-    ) -> Tensor:
-        seen = context.seen_steps.clamp(min=0)
-        times = torch.stack([grid.times[steps], grid.times[seen]], -1).float()
-        gate = (grid.sigmas[seen] - grid.sigmas[steps]).clamp(min=0).sqrt()
-        both = torch.cat([states, context.estimates], 1)
-        dtype = next(self.network.parameters()).dtype
-        told = short_condition(context.condition)
-        change = self.network(both.to(dtype), times, **told).float()
-        return context.estimates + gate.to(change).view(-1, *[1] * (change.dim() - 1)) * change
-
-
-class WindowDenoiser(StateDrafter):
-    """A residual drafter that guesses a whole window in one pass, from the state it starts at.
-
-    Cheaper than `ResidualDenoiser` by a factor of the window, where a call costs what it takes to
-    start it; blinder, as it does not see the noise that the drafted states have drawn.
-
-    Args:
-        network: from 2 C channels to L * C, told two times.
-        num_steps: L, the longest window.
-        guidance: of the target that it is trained for.
-    """
-
-    def __init__(self, network: nn.Module, num_steps: int, guidance: float = 1.0) -> None:
-        super().__init__()
-        self.network = network
-        self.num_steps = num_steps
-        self.trained_guidance = guidance
-
-    def estimate(
-        self, states: Tensor, steps: Tensor, context: StateContext, grid: StepGrid
-    ) -> Tensor:
-        raise AssertionError("guesses are made for a window at once")
-
-    def window(self, context: StateContext, grid: StepGrid, num_steps: int) -> Tensor:
-        if num_steps > self.num_steps:
-            raise ValueError(
-                f"this drafter guesses at most {self.num_steps} steps at once, not {num_steps}"
-            )
-        seen = context.seen_steps.clamp(min=0)
-        start = context.steps
-        times = torch.stack([grid.times[start], grid.times[seen]], -1).float()
-        both = torch.cat([context.states, context.estimates], 1)
-        dtype = next(self.network.parameters()).dtype
-        told = short_condition(context.condition)
-        said = self.network(both.to(dtype), times, **told).float()
-        change = said.unflatten(1, (self.num_steps, -1))[:, :num_steps]  # (R, K, *S)
-        ahead = torch.arange(num_steps, device=start.device)
-        steps = (start[:, None] + ahead).clamp(max=grid.num_steps - 1)
-        gate = (grid.sigmas[seen][:, None] - grid.sigmas[steps]).clamp(min=0).sqrt()
-        gate = gate.to(change).view(*gate.shape, *[1] * (change.dim() - 2))
-        return context.estimates[:, None] + gate * change

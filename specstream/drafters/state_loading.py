@@ -11,11 +11,10 @@ import torch
 
 from specstream.drafters.denoising import (
     IndependentDenoiser,
-    ResidualDenoiser,
     StateDrafter,
-    WindowDenoiser,
 )
 from specstream.drafters.loading import RECORD, read_record
+from specstream.drafters.residual import CorrectingDrafter, ResidualDenoiser, WindowDenoiser
 from specstream.files import one_line, replaced_folder
 from specstream.models.consistency import STUDENT, load_student
 from specstream.models.denoiser import Denoiser, load_denoiser
@@ -40,7 +39,7 @@ def save_state_drafter(folder: Path, drafter: StateDrafter, target: Denoiser) ->
         if isinstance(drafter, IndependentDenoiser):
             drafter.denoiser.save(new)
         else:
-            assert isinstance(drafter, ResidualDenoiser | WindowDenoiser)
+            assert isinstance(drafter, CorrectingDrafter)
             assert isinstance(drafter.network, PatchTransformer)
             record["drafter"]["network"] = drafter.network.options
             record["drafter"]["guidance"] = drafter.trained_guidance

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from specstream.generation.lengths import DraftLength, RowLength, StepCosts
-from specstream.models.denoiser import Denoiser
+from specstream.models.denoiser import Denoiser, Evaluation
 from specstream.sampling import Noise, Role
 from specstream.structures import Guarantee, KnownParts, StateContext, StateStep, Stats
 from specstream.transitions import place_known
@@ -206,6 +206,17 @@ class DenoisingSampler(ABC):
         Of row b it sees the first lengths[b] + 1; what it is not shown is 0.  `num_drafted` is the
         sum of lengths (B,), which the host knows: to ask the device would be to wait for the draft.
         """
+        return self._ask(part, states, lengths, num_drafted).estimates
+
+    def _ask(
+        self,
+        part: StateContext,
+        states: Tensor,
+        lengths: Tensor,
+        num_drafted: int,
+        with_features: bool = False,
+    ) -> Evaluation:
+        """Do what `_evaluate` does, and if asked return the target's features (B, K+1, P, D)."""
         shown = lengths + 1
         rows = torch.arange(len(shown), device=shown.device)
         row = rows.repeat_interleave(shown, output_size=len(shown) + num_drafted)
@@ -213,13 +224,21 @@ class DenoisingSampler(ABC):
         place = torch.arange(len(row), device=shown.device) - first[row]
         condition = {name: value[row] for name, value in part.condition.items()}
         steps = part.steps[row] + place
-        said = self.target(states[row, place], steps, self.grid, condition, self.guidance)
-        said = said if part.known is None else part.known.rows(row).hold(said)
+        given = (states[row, place], steps, self.grid, condition, self.guidance)
         self.stats.target_calls += 1
         self.stats.target_rows += len(row) * (2 if self.guidance != 1 and condition else 1)
+        if with_features:
+            said = self.target.evaluate(*given, with_features=True)
+        else:
+            said = Evaluation(self.target(*given), None)
+        held = said.estimates if part.known is None else part.known.rows(row).hold(said.estimates)
         estimates = torch.zeros_like(states)
-        estimates[row, place] = said
-        return estimates
+        estimates[row, place] = held
+        if said.features is None:
+            return Evaluation(estimates, None)
+        features = said.features.new_zeros(*states.shape[:2], *said.features.shape[1:])
+        features[row, place] = said.features
+        return Evaluation(estimates, features)
 
     def _commit(
         self,
@@ -230,11 +249,13 @@ class DenoisingSampler(ABC):
         estimates: Tensor,
         following: Tensor,
         noise: Noise,
+        features: Tensor | None = None,
     ) -> None:
         """Move the rows `index` (R,) on by the `counts` (R,) that stand and one step more.
 
         states and estimates (R, K+1, *S): what the target saw and said; following (R, *S): the
-        states that come after what stands, but for what is given of them.
+        states that come after what stands, but for what is given of them; features (R, K+1, P, D):
+        the target's, if they are read.
         """
         rows = torch.arange(len(index), device=index.device)
         if context.known is not None:
@@ -243,6 +264,9 @@ class DenoisingSampler(ABC):
         context.states[index] = following
         context.seen[index] = states[rows, counts]
         context.estimates[index] = estimates[rows, counts]
+        if features is not None:
+            assert context.features is not None
+            context.features[index] = features[rows, counts]
         context.seen_steps[index] = context.steps[index] + counts
         context.steps[index] += counts + 1
 

@@ -16,9 +16,9 @@ from specstream.drafters.denoising import (
     FrozenVelocity,
     IndependentDenoiser,
     StateDrafter,
-    WindowDenoiser,
 )
 from specstream.drafters.loading import read_record
+from specstream.drafters.residual import WindowDenoiser
 from specstream.drafters.state_loading import load_small, load_state_drafter, load_state_target
 from specstream.generation.accept_by_error import AcceptByErrorPipeline
 from specstream.generation.consistency import ConsistencyPipeline

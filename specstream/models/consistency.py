@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from specstream.files import one_line, read_table
-from specstream.models.denoiser import Denoiser, load_denoiser
+from specstream.models.denoiser import Denoiser, Evaluation, load_denoiser
 from specstream.models.noise_schedule import NoiseSchedule
 from specstream.transitions import Prediction, StepGrid
 
@@ -56,16 +56,17 @@ class ConsistencyModel(Denoiser):
         self.num_steps = num_steps
         self.guidance = guidance
 
-    def forward(
+    def evaluate(
         self,
         states: Tensor,
         steps: Tensor,
         grid: StepGrid,
         condition: Mapping[str, Tensor] | None = None,
         guidance: float = 1.0,
-    ) -> Tensor:
-        """Return the end of the trajectory, float32 (R, *S), as `Denoiser` does its estimate."""
-        return super().forward(states, steps, grid, condition)
+        with_features: bool = False,
+    ) -> Evaluation:
+        """Return the ends of trajectories where `Denoiser` returns estimates."""
+        return super().evaluate(states, steps, grid, condition, with_features=with_features)
 
     def few(self, num_steps: int) -> StepGrid:
         """Return `num_steps` of the levels it was distilled on, evenly chosen, and data.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ WEIGHTS = "denoiser.safetensors"
 SCHEDULES: dict[str, type[NoiseSchedule]] = {
     kind.__name__: kind for kind in (FlowSchedule, DiscreteSchedule, SigmaSchedule)
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a diffusion model says of states, and what it thought on the way."""
+
+    estimates: Tensor  # (R, *S) of the data
+    features: Tensor | None  # (R, P, D) its last hidden states, one for each of its P patches
 
 
 class Denoiser(nn.Module):
@@ -105,18 +114,51 @@ class Denoiser(nn.Module):
         With a `guidance` w other than 1 the output is that without a condition plus w times what
         the condition changes (Ho and Salimans 2022), at the cost of twice the rows.
         """
+        return self.evaluate(states, steps, grid, condition, guidance).estimates
+
+    def evaluate(
+        self,
+        states: Tensor,
+        steps: Tensor,
+        grid: StepGrid,
+        condition: Mapping[str, Tensor] | None = None,
+        guidance: float = 1.0,
+        with_features: bool = False,
+    ) -> Evaluation:
+        """Return what `forward` does and, if asked, the hidden states of a `PatchTransformer`.
+
+        Of a guided model these are the ones that were told the condition.
+        """
         times = grid.times[steps].float()
         if guidance == 1 or not condition:
-            output = self.output(states, times, condition)
+            output, features = self._ask(states, times, condition, with_features)
         else:
             nothing = {name: self.unconditional(name, value) for name, value in condition.items()}
             both = {name: torch.cat([value, nothing[name]]) for name, value in condition.items()}
-            doubled = self.output(torch.cat([states, states]), torch.cat([times, times]), both)
+            doubled, features = self._ask(
+                torch.cat([states, states]), torch.cat([times, times]), both, with_features
+            )
             given, free = doubled.chunk(2)
             output = free + guidance * (given - free)
+            features = None if features is None else features[: len(states)]
         alphas, sigmas = grid.alphas[steps], grid.sigmas[steps]
         estimates = data_estimate(output, states.float(), alphas, sigmas, self.prediction)
-        return estimates if self.clip is None else estimates.clamp(-self.clip, self.clip)
+        if self.clip is not None:
+            estimates = estimates.clamp(-self.clip, self.clip)
+        return Evaluation(estimates, features)
+
+    def _ask(
+        self,
+        states: Tensor,
+        times: Tensor,
+        condition: Mapping[str, Tensor] | None,
+        with_features: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not with_features:
+            return self.output(states, times, condition), None
+        assert isinstance(self.network, PatchTransformer) and self._spread is None
+        said = self.network.spoken(states.to(self.dtype), times[:, None], **(condition or {}))
+        return said.output.float(), said.hidden.float()
 
     def unconditional(self, name: str, value: Tensor) -> Tensor:
         """Return what stands for "no condition" in place of `value` (R, ...)."""

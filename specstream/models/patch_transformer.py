@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,14 @@ def waves(values: Tensor, size: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos(), angles.new_zeros(*values.shape, size % 2)], -1)
 
 
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """What a network returns, and the last of its hidden states."""
+
+    output: Tensor  # (R, out_channels, *A)
+    hidden: Tensor  # (R, P, D)
+
+
 class PatchTransformer(nn.Module):
     """Maps a grid to a grid of the same size, given times and perhaps a class.
 
@@ -42,6 +51,8 @@ class PatchTransformer(nn.Module):
         num_times: how many times a row is given (a drafter is told two).
         num_classes: how many classes a row may have, "none" not counted; 0: rows have none.
         text_size: width of a text's vector that a row may be given; 0: none.
+        feature_size: width of another network's hidden states that a row is given, one for each
+            patch; 0: none.
     """
 
     def __init__(
@@ -55,6 +66,7 @@ class PatchTransformer(nn.Module):
         num_times: int = 1,
         num_classes: int = 0,
         text_size: int = 0,
+        feature_size: int = 0,
     ) -> None:
         super().__init__()
         if not 1 <= len(patch) <= 3 or min(patch) < 1:
@@ -78,6 +90,7 @@ class PatchTransformer(nn.Module):
             "num_times": num_times,
             "num_classes": num_classes,
             "text_size": text_size,
+            "feature_size": feature_size,
         }
         self.patch = tuple(patch)
         self.hidden_size = hidden_size
@@ -90,6 +103,8 @@ class PatchTransformer(nn.Module):
         )
         self.classes = nn.Embedding(num_classes + 1, hidden_size) if num_classes else None
         self.text = nn.Linear(text_size, hidden_size) if text_size else None
+        self.feature_size = feature_size
+        self.features = nn.Linear(feature_size, hidden_size) if feature_size else None
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_layers))
         self.last_norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.last_scale = nn.Linear(hidden_size, 2 * hidden_size)
@@ -104,14 +119,31 @@ class PatchTransformer(nn.Module):
         times: Tensor,
         classes: Tensor | None = None,
         text: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> Tensor:
         """Return a grid (R, out_channels, *A) for `states` (R, in_channels, *A).
 
         times (R, num_times), of about 0 to 1000; classes (R,) int64, -1 for none; text (R,
-        text_size).  Raises ValueError for a grid that patches do not divide.
+        text_size); features (R, P, feature_size).  Raises ValueError for a grid that patches do not
+        divide.
         """
+        return self.spoken(states, times, classes, text, features).output
+
+    def spoken(
+        self,
+        states: Tensor,
+        times: Tensor,
+        classes: Tensor | None = None,
+        text: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Spoken:
+        """Return what `forward` does, and the hidden states that it was read from."""
         patches, counts = self.cut(states)
         hidden = self.read(patches) + self.positions(counts, states.device).to(patches)
+        if self.features is not None:
+            assert features is not None, "this network reads another's hidden states"
+            normed = nn.functional.layer_norm(features.float(), features.shape[-1:])
+            hidden = hidden + self.features(normed.to(patches))
         told = self.time_layers(waves(times, self.hidden_size).flatten(1).to(patches))
         if self.classes is not None:
             none = self.classes.num_embeddings - 1
@@ -123,8 +155,8 @@ class PatchTransformer(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, told)
         shift, scale = self.last_scale(nn.functional.silu(told))[:, None].chunk(2, -1)
-        hidden = self.last_norm(hidden) * (1 + scale) + shift
-        return self.join(self.write(hidden), counts)
+        written = self.write(self.last_norm(hidden) * (1 + scale) + shift)
+        return Spoken(self.join(written, counts), hidden)
 
     def cut(self, states: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Return patches (R, P, C * volume) and how many lie along each axis."""

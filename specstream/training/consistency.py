@@ -105,7 +105,7 @@ class ConsistencyModule(SummedLossModule):
             raise ValueError(
                 f"the target's states are {list(self.target.shape)}, the data's {list(shape)}"
             )
-        check_network(self.student.network, data, shape[0], shape[0], 1)
+        check_network(self.student.network, data)
         if self.student.guidance != 1 and not (data.processor.classes or data.processor.text_size):
             raise ValueError("guidance is the weight of a prompt, and this target takes none")
         self.student.other_shapes = tuple(data.shapes[1:])

@@ -91,7 +91,7 @@ class DenoisingModule(SummedLossModule):
         shape = data.shape
         if self.decoding is not None:
             self.decoding.check(data.processor)
-        check_network(self.denoiser.network, data, shape[0], shape[0], 1)
+        check_network(self.denoiser.network, data)
         self.denoiser.shape, self.denoiser.other_shapes = shape, tuple(data.shapes[1:])
         if self.target is not None and self.target.shape != shape:
             raise ValueError(
@@ -143,12 +143,11 @@ class DenoisingModule(SummedLossModule):
         return folder
 
 
-def check_network(
-    network: nn.Module, data: Any, in_channels: int, out_channels: int, num_times: int
-) -> None:
-    """Raise ValueError where a network is not of the data's channels, classes or texts."""
-    processor, axes = data.processor, len(data.shape) - 1
-    channels = {"in_channels": in_channels, "out_channels": out_channels, "num_times": num_times}
+def check_network(network: nn.Module, data: Any) -> None:
+    """Raise ValueError where a diffusion model's network does not fit the data."""
+    processor, colours = data.processor, data.shape[0]
+    channels = {"in_channels": colours, "out_channels": colours, "num_times": 1, "feature_size": 0}
+    axes = len(data.shape) - 1
     check_sizes(network, channels, axes, len(processor.classes), processor.text_size)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from specstream.data.captions import CaptionDataModule
-from specstream.drafters.denoising import ResidualDenoiser, WindowDenoiser
+from specstream.drafters.residual import ResidualDenoiser, WindowDenoiser, check_features
 from specstream.drafters.state_loading import save_state_drafter
 from specstream.generation.media_loading import target_processor
 from specstream.media_processor import MediaProcessor
@@ -83,13 +83,15 @@ class Trajectories:
 
     states: Tensor  # (N, B, *S)
     estimates: Tensor  # (N, B, *S)
+    features: Tensor | None  # (N, B, P, D) where the drafter reads them
 
 
 class ResidualModule(SummedLossModule):
     """Trains a `ResidualDenoiser`, or with `at_once` a `WindowDenoiser`, for a frozen target.
 
     Args:
-        network: from 2 C channels to C (at once: L * C), told two times.
+        network: from 2 C channels to C (at once: L * C), told two times; with a feature_size, that
+            of the target's hidden states, it reads these too.
         target: the diffusion model: its folder, also of a pipeline of `diffusers`, or a
             `PretrainedDenoiser` with options.  For a model of `diffusers` the data are captions.
         num_steps, eta, guidance: of the sampler to draft for.
@@ -149,6 +151,7 @@ class ResidualModule(SummedLossModule):
             self.drafter = WindowDenoiser(network, window, guidance)
         else:
             self.drafter = ResidualDenoiser(network, guidance)
+        check_features(self.drafter, self.target)
 
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -210,6 +213,7 @@ class ResidualModule(SummedLossModule):
             seen=seen.states[starts, pick].flatten(0, 1),
             seen_steps=starts.flatten(),
             estimates=seen.estimates[starts, pick].flatten(0, 1),
+            features=None if seen.features is None else seen.features[starts, pick].flatten(0, 1),
         )
         at, states = steps.flatten(), seen.states[steps, pick].flatten(0, 1)
         right = seen.estimates[steps, pick].flatten(0, 1)
@@ -252,15 +256,19 @@ class ResidualModule(SummedLossModule):
         """Draw a sample of the target for each row, and keep the way there."""
         shape = self.target.shape
         states = noise.normal(keys, torch.zeros_like(keys), shape, Role.START).float()
-        kept, said = [], []
+        wanted = self.drafter.feature_size > 0
+        kept, said, thought = [], [], []
         for step in range(grid.num_steps):
             steps = torch.full_like(keys, step)
-            estimates = self.target(states, steps, grid, condition, self.guidance)
+            found = self.target.evaluate(states, steps, grid, condition, self.guidance, wanted)
             kept.append(states)
-            said.append(estimates)
-            law = transition(estimates, states, steps, grid, self.eta)
+            said.append(found.estimates)
+            if found.features is not None:
+                thought.append(found.features)
+            law = transition(found.estimates, states, steps, grid, self.eta)
             states = law.sample(noise.normal(keys, steps, shape, Role.DRAFT))
-        return Trajectories(torch.stack(kept), torch.stack(said))
+        features = torch.stack(thought) if thought else None
+        return Trajectories(torch.stack(kept), torch.stack(said), features)
 
     def _windows(self, keys: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         """Return where the target spoke and where the drafter is asked, (W, B) each.

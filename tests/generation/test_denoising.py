@@ -16,6 +16,7 @@ from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import FixedLength
 from specstream.metrics import energy_test
 from specstream.models import ConsistencyModel, Denoiser, FlowSchedule, PatchTransformer
+from specstream.structures import KnownParts
 from specstream.transitions import Prediction
 from specstream.verification.gaussian import ReflectionCoupling
 from tests.denoising_toys import KeepsAll, counts_of, gaussian_model
@@ -24,26 +25,11 @@ SHAPE = (3,)
 STEPS = 12
 
 
-def student() -> ConsistencyModel:
-    """Return one that says of every state that it ends half way to 1: far from the truth."""
-
-    class HalfWay(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.unit = nn.Parameter(torch.ones(1))
-
-        def forward(self, states: Tensor, times: Tensor) -> Tensor:
-            return (states - 1) * 0.5 * self.unit
-
-    return ConsistencyModel(HalfWay(), FlowSchedule(), SHAPE)
-
-
 def drafters() -> dict[str, StateDrafter]:
     return {
         "estimate": FrozenEstimate(),
         "velocity": FrozenVelocity(gaussian_model()),
         "independent": IndependentDenoiser(gaussian_model(0.4, 0.7)),
-        "student": IndependentDenoiser(student()),
     }
 
 
@@ -75,36 +61,102 @@ def test_drafted_samples_have_the_law_of_the_plain_sampler(name: str, eta: float
     assert pipeline.stats.guarantee.value == "exact law"
 
 
-def awake(in_channels: int, out_channels: int, num_times: int, seed: int) -> PatchTransformer:
+def awake(
+    in_channels: int, out_channels: int, num_times: int, seed: int, read: int = 0
+) -> PatchTransformer:
     """Return a network whose last layer, 0 when fresh, says something."""
     torch.manual_seed(seed)
-    network = PatchTransformer(in_channels, out_channels, (2,), 16, 1, 2, num_times, 2)
+    network = PatchTransformer(
+        in_channels, out_channels, (2,), 16, 1, 2, num_times, 2, feature_size=read
+    )
     for weight in (network.write.weight, network.last_scale.weight):
         torch.nn.init.normal_(weight, std=0.2)
     return network
 
 
+def known(rows: int, given: int) -> KnownParts:
+    """Return the first `given` of six numbers, each 0.5; the others are never looked at."""
+    data = torch.full((rows, 1, 6), 99.0)
+    data[..., :given] = 0.5
+    return KnownParts(data, (torch.arange(6) < given).expand(rows, 1, 6))
+
+
 @pytest.mark.parametrize(
-    "drafter, rule, exact",
+    "drafter, given, rule, exact",
     [
-        ("residual", ReflectionCoupling(), True),
-        ("window", ReflectionCoupling(), True),
-        ("residual", KeepsAll(), False),
+        ("residual", 0, ReflectionCoupling(), True),
+        ("window", 0, ReflectionCoupling(), True),
+        ("window", 2, ReflectionCoupling(), True),
+        ("features", 0, ReflectionCoupling(), True),
+        ("features", 2, ReflectionCoupling(), True),
+        ("student", 0, ReflectionCoupling(), True),
+        ("student", 2, ReflectionCoupling(), True),
+        ("residual", 0, KeepsAll(), False),
+        ("features", 2, KeepsAll(), False),
     ],
 )
 def test_networks_with_guidance_keep_the_law_and_a_biased_rule_does_not(
-    drafter: str, rule: ReflectionCoupling, exact: bool
+    drafter: str, given: int, rule: ReflectionCoupling, exact: bool
 ) -> None:
+    """Also where the first `given` of the six numbers of each sample are known."""
     target = Denoiser(awake(1, 1, 1, 0), FlowSchedule(), (1, 6))
-    network = awake(2, 1 if drafter == "residual" else 4, 2, 1)
-    guess = ResidualDenoiser(network) if drafter == "residual" else WindowDenoiser(network, 4)
+    read = 16 if drafter == "features" else 0
+    network = awake(2, 4 if drafter == "window" else 1, 2, 1, read)
+    guess = WindowDenoiser(network, 4) if drafter == "window" else ResidualDenoiser(network)
+    if drafter == "student":
+        student = ConsistencyModel(awake(1, 1, 1, 2), FlowSchedule(), (1, 6), guidance=3.0)
+        guess = IndependentDenoiser(student, 3.0)
     told = {"classes": torch.arange(600) % 2}
     sizes = {"guidance": 3.0, "batch_size": 600}
-    plain = DenoisingPipeline(target, 10, **sizes).complete(600, told, seed=1)
+    held = known(600, given) if given else None
+    plain = DenoisingPipeline(target, 10, **sizes).complete(600, told, seed=1, known=held)
     pipeline = DenoisingPipeline(target, 10, 1.0, 3.0, guess, FixedLength(4), rule, 600)
-    found = energy_test(pipeline.complete(600, told, seed=2), plain, num_permutations=199)
+    drafted = pipeline.complete(600, told, seed=2, known=held)
+    assert (drafted[..., :given] == 0.5).all()
+    found = energy_test(drafted[..., given:], plain[..., given:], num_permutations=199)
     assert (found.p_value > 0.01) == exact
     assert pipeline.stats.full_rounds < 600 * 10
+
+
+@pytest.mark.parametrize("guidance, held", [(1.0, None), (3.0, None), (3.0, known(6, 2))])
+def test_a_drafter_reads_what_the_target_thought_of_the_state_it_estimated_from(
+    guidance: float, held: KnownParts | None
+) -> None:
+    """Also after a rejection, where estimate and features are those of the state before."""
+    target = Denoiser(awake(1, 1, 1, 0), FlowSchedule(), (1, 6))
+    drafter = ResidualDenoiser(awake(2, 1, 2, 1, 16))
+    told = {"classes": torch.arange(6) % 2}
+    pipeline = DenoisingPipeline(target, 10, 1.0, guidance, drafter, FixedLength(3))
+    steps_ahead, propose = set(), drafter.propose
+
+    def watch(context, lengths, grid, eta, noise):
+        seen = context.seen_steps
+        given = (context.seen, seen, grid, context.condition, guidance)
+        said = target.evaluate(*given, with_features=True)
+        times = grid.times[seen][:, None].float()
+        hidden = target.network.spoken(context.seen, times, context.condition["classes"])
+        estimates = said.estimates if held is None else context.known.hold(said.estimates)
+        assert torch.allclose(context.estimates, estimates, atol=1e-5)
+        assert torch.allclose(context.features, hidden.hidden, atol=1e-5)
+        assert torch.equal(context.steps, seen + 1)
+        steps_ahead.update(seen.tolist())
+        return propose(context, lengths, grid, eta, noise)
+
+    drafter.propose = watch  # type: ignore[method-assign]
+    pipeline.complete(6, told, seed=2, known=held)
+    assert len(steps_ahead) > 3 and 0 < pipeline.stats.acceptance < 1
+
+
+def test_hidden_states_that_a_target_does_not_have_are_refused() -> None:
+    reader = ResidualDenoiser(awake(2, 1, 2, 1, 16))
+    with pytest.raises(ValueError, match="the hidden states of a ExactEstimate cannot be read"):
+        DenoisingPipeline(gaussian_model(), 10, drafter=reader)
+    other = Denoiser(PatchTransformer(1, 1, (2,), 24, 1, 2), FlowSchedule(), (1, 6))
+    with pytest.raises(ValueError, match=r"feature_size is 16, but the target's .* are 24 wide"):
+        DenoisingPipeline(other, 10, drafter=reader)
+    other = Denoiser(PatchTransformer(1, 1, (3,), 16, 1, 2), FlowSchedule(), (1, 6))
+    with pytest.raises(ValueError, match=r"patch is \[2\], but .* has the target's, \[3\]"):
+        DenoisingPipeline(other, 10, drafter=reader)
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from specstream.cli import generate, train
 from specstream.data import Digits
 from specstream.data.media import MediaDataModule
+from specstream.drafters.state_loading import load_state_drafter
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import FixedLength
 from specstream.models import Denoiser, FlowSchedule, PatchTransformer
@@ -17,9 +18,12 @@ from specstream.training import DenoisingModule, RejectionProbability, ResidualM
 from specstream.verification.gaussian import step_acceptance
 
 
-def network(in_channels: int = 1, num_times: int = 1, out_channels: int = 1) -> PatchTransformer:
+def network(
+    in_channels: int = 1, num_times: int = 1, out_channels: int = 1, feature_size: int = 0
+) -> PatchTransformer:
     torch.manual_seed(0)
-    return PatchTransformer(in_channels, out_channels, (2, 2), 16, 1, 2, num_times, 10)
+    sizes = {"num_times": num_times, "num_classes": 10, "feature_size": feature_size}
+    return PatchTransformer(in_channels, out_channels, (2, 2), 16, 1, 2, **sizes)
 
 
 def wake(net: PatchTransformer) -> PatchTransformer:
@@ -136,7 +140,7 @@ def test_the_loss_asks_about_the_states_after_those_that_the_target_spoke_of(
 ) -> None:
     """A lazy restart: the target spoke of step s, and the drafter begins at s + 1."""
     window, asked = 4, []
-    net = network(2, 2, window if at_once else 1)
+    net = network(2, 2, window if at_once else 1, 16)
     module = ResidualModule(net, target, num_steps=12, window=window, at_once=at_once)
     object.__setattr__(module, "_trainer", type("T", (), {"current_epoch": 0})())
     trajectories, guess = module._trajectories, module._guess
@@ -152,6 +156,7 @@ def test_the_loss_asks_about_the_states_after_those_that_the_target_spoke_of(
     assert torch.equal(context.seen, seen[0].states[context.seen_steps, rows])
     assert torch.equal(context.states, seen[0].states[context.steps, rows])
     assert torch.equal(context.estimates, seen[0].estimates[context.seen_steps, rows])
+    assert torch.equal(context.features, seen[0].features[context.seen_steps, rows])
     assert torch.equal(states, seen[0].states[at, rows])
     ahead = at - context.seen_steps
     assert (ahead.min(), ahead.max()) == (1, window) and at.max() <= 10
@@ -195,6 +200,18 @@ def test_a_target_and_its_drafter_are_trained_and_then_sample(
     assert "the drafter was trained for" not in capsys.readouterr().err
 
 
+def test_a_drafter_that_reads_hidden_states_is_exported_and_samples(
+    target: str, tmp_path: Path
+) -> None:
+    run, output = tmp_path / "run", tmp_path / "x.png"
+    module = ResidualModule(wake(network(2, 2, 1, 16)), target, num_steps=8, window=3)
+    module.export(run, Digits().processor)
+    drafter = load_state_drafter(run / "draft", module.target)
+    assert drafter.feature_size == 16
+    given = ["--run", str(run), "--prompt", "7", "--output", str(output), "--media.steps", "8"]
+    assert generate([*given, "--media.window", "3"]) == 0 and output.is_file()
+
+
 @pytest.mark.parametrize(
     "name, flags, line",
     [
@@ -211,6 +228,8 @@ def test_a_target_and_its_drafter_are_trained_and_then_sample(
         ("digits-residual", ["--model.init_args.guidance", "3"], "trained for 50, 1.0 and 3.0"),
         ("digits-residual", ["--model.init_args.guidance", ".nan"], "must be a finite number"),
         ("digits-residual", ["--model.init_args.num_steps", "2"], "num_steps must be at least 3"),
+        ("digits-residual-features", [], "feature_size is 96, but the target's hidden states are"),
+        ("digits", ["--model.init_args.network.init_args.feature_size", "8"], "it must be 0"),
     ],
 )
 def test_wrong_options_are_one_line(
