@@ -1,5 +1,7 @@
 """Sampling with verified drafts: the law of the plain sampler, whatever drafts."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from specstream.drafters import (
     WindowDenoiser,
 )
 from specstream.generation.denoising import DenoisingPipeline
-from specstream.generation.lengths import FixedLength
+from specstream.generation.lengths import CostModelLength, FixedLength
 from specstream.metrics import energy_test
 from specstream.models import ConsistencyModel, Denoiser, FlowSchedule, PatchTransformer
 from specstream.structures import KnownParts
@@ -147,6 +149,17 @@ def test_a_drafter_reads_what_the_target_thought_of_the_state_it_estimated_from(
     assert len(steps_ahead) > 3 and 0 < pipeline.stats.acceptance < 1
 
 
+def test_costs_of_a_drafter_that_reads_hidden_states_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target = Denoiser(awake(1, 1, 1, 0), FlowSchedule(), (1, 6))
+    reader, lengths = ResidualDenoiser(awake(2, 1, 2, 1, 16)), CostModelLength(max_tokens=2)
+    pipeline = DenoisingPipeline(target, 6, drafter=reader, lengths=lengths)
+    assert pipeline.complete(2, seed=0).isfinite().all()
+    assert pipeline.costs is not None and pipeline.stats.predicted_ratio is not None
+
+
 def test_hidden_states_that_a_target_does_not_have_are_refused() -> None:
     reader = ResidualDenoiser(awake(2, 1, 2, 1, 16))
     with pytest.raises(ValueError, match="the hidden states of a ExactEstimate cannot be read"):
@@ -154,6 +167,10 @@ def test_hidden_states_that_a_target_does_not_have_are_refused() -> None:
     other = Denoiser(PatchTransformer(1, 1, (2,), 24, 1, 2), FlowSchedule(), (1, 6))
     with pytest.raises(ValueError, match=r"feature_size is 16, but the target's .* are 24 wide"):
         DenoisingPipeline(other, 10, drafter=reader)
+    split = Denoiser(awake(1, 1, 1, 0), FlowSchedule(), (1, 6))
+    split.spread([torch.device("cpu"), torch.device("cpu")])
+    with pytest.raises(ValueError, match="has its target on one device"):
+        DenoisingPipeline(split, 10, drafter=reader)
     other = Denoiser(PatchTransformer(1, 1, (3,), 16, 1, 2), FlowSchedule(), (1, 6))
     with pytest.raises(ValueError, match=r"patch is \[2\], but .* has the target's, \[3\]"):
         DenoisingPipeline(other, 10, drafter=reader)

@@ -285,6 +285,7 @@ def test_a_student_is_trained_resumed_loaded_and_samples_both_ways(
     for flags, line in (
         ([*few, "9"], "this student knows 8 noise levels"),
         ([*few, "2", "--media.window", "3"], "window is for others"),
+        ([*few, "2", "--media.eta", "1"], "eta is for others"),
         ([*few, "2", "--media.guidance", "3"], "has learned guidance 2, which its sampler cannot"),
     ):
         assert generate([*given, *flags]) == 2
