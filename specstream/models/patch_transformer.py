@@ -69,17 +69,9 @@ class PatchTransformer(nn.Module):
         feature_size: int = 0,
     ) -> None:
         super().__init__()
-        if not 1 <= len(patch) <= 3 or min(patch) < 1:
-            raise ValueError(f"patch must be 1 to 3 sizes of at least 1, got {list(patch)}")
         sizes = {"in_channels": in_channels, "out_channels": out_channels, "num_times": num_times}
         sizes |= {"hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads}
-        for name, size in sizes.items():
-            if not 1 <= size <= LARGEST:
-                raise ValueError(f"{name} must be in 1..{LARGEST}, got {size}")
-        if hidden_size % num_heads:
-            raise ValueError(
-                f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}"
-            )
+        check_sizes(sizes, patch)
         self.options = {
             "in_channels": in_channels,
             "out_channels": out_channels,
@@ -192,6 +184,18 @@ class PatchTransformer(nn.Module):
         grids = torch.meshgrid(*[torch.arange(n, device=device) for n in counts], indexing="ij")
         parts = [waves(g.flatten(), size) for g, size in zip(grids, sizes, strict=True)]
         return torch.cat(parts, -1)
+
+
+def check_sizes(sizes: dict[str, int], patch: Sequence[int]) -> None:
+    """Raise ValueError for sizes of a network that it cannot have."""
+    if not 1 <= len(patch) <= 3 or min(patch) < 1:
+        raise ValueError(f"patch must be 1 to 3 sizes of at least 1, got {list(patch)}")
+    for name, size in sizes.items():
+        if not 1 <= size <= LARGEST:
+            raise ValueError(f"{name} must be in 1..{LARGEST}, got {size}")
+    hidden_size, num_heads = sizes["hidden_size"], sizes["num_heads"]
+    if hidden_size % num_heads:
+        raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
 
 
 class Block(nn.Module):

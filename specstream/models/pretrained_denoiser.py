@@ -85,22 +85,18 @@ class PretrainedDenoiser(Denoiser):
         offload: str = "none",
         tile: bool = False,
     ) -> None:
-        options = {
-            "height": height,
-            "width": width,
-            "num_frames": num_frames,
-            "seconds": seconds,
+        size = MediaSize(height, width, num_frames, seconds)
+        others: dict[str, float | str | None] = {
             "frame_rate": frame_rate,
             "prompt_weight": prompt_weight,
-            "shift": shift,
-            "conditions": conditions,
         }
+        others |= {"shift": shift, "conditions": conditions}
         home = check_memory(quantize, quantize_codec, offload, device)
         parts = read_parts(path)
         compression = compression_of_parts(parts)
         kind = network_class(parts.network.kind)
         form = kind.form(parts.network.config)
-        shape = state_shape(form, compression, MediaSize(height, width, num_frames, seconds))
+        shape = state_shape(form, compression, size)
         tokens = form.num_tokens(shape)
         schedule, prediction = schedule_of(parts.scheduler, tokens)
         schedule = shifted(schedule, shift)
@@ -111,8 +107,7 @@ class PretrainedDenoiser(Denoiser):
         super().__init__(network, schedule, shape, prediction, clip_of(parts.scheduler))
         self.codec = load_codec(parts, resolve_dtype(codec_dtype, device), tile)
         self.parts = parts
-        self.path = path
-        self.options = options
+        self.path, self.options = path, vars(size) | others
         self.frame_rate = frame_rate
         self.seconds = seconds or sound_seconds(shape, compression)
         self.stored = stored

@@ -22,9 +22,10 @@ from specstream.training.language_modeling import LanguageModelingModule
 from specstream.training.masked_diffusion import MaskedDiffusionModule
 from specstream.training.medusa import MedusaModule
 from specstream.training.optimization import ConstantRate, Schedule, WarmupCosine
-from specstream.training.residual import RejectionProbability, ResidualModule, SquaredError
+from specstream.training.residual import ResidualModule
 from specstream.training.sampling import HeldOutSampling
 from specstream.training.self_speculative import SelfSpeculativeModule
+from specstream.training.step_losses import RejectionProbability, SquaredError
 from specstream.training.streaming import StreamingModule
 from specstream.training.wandb_run import WandbRun
 

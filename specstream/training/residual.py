@@ -1,10 +1,8 @@
 """Training residual drafters of denoising steps on the target's own trajectories.
 
-A drafted step stands with probability 1 - TV of two Gaussians, erfc(|delta| / (2 sqrt 2)), delta
-the distance of their means in standard deviations.  So the loss is what it costs: the probability
-that the step falls, erf(|delta| / (2 sqrt 2)), over steps 1..L after the target's word alike.  (In
-decoding a later step is reached only where those before it stood, so that more of them stand.)
-Where |delta| is large the gradient vanishes; a small share of |delta| itself keeps it alive.
+The loss is what a drafted step costs (`step_losses`), over steps 1..L after the target's word
+alike.  (In decoding a later step is reached only where those before it stood, so that more of them
+stand.)
 
 Every batch draws its trajectories from the frozen target, so a resumed run sees what an
 uninterrupted one sees.  Of each trajectory some windows are used: a start, where the target has
@@ -16,7 +14,6 @@ Shapes: B rows, N steps, W windows of a row, L the longest window, S the shape o
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,41 +37,9 @@ from specstream.training.captions import EncodedCaptions, check_whole, encode_ca
 from specstream.training.denoising import check_sizes, condition_of
 from specstream.training.optimization import Schedule
 from specstream.training.sampling import HeldOutSampling
+from specstream.training.step_losses import RejectionProbability, StepLoss
 from specstream.transitions import StepGrid, estimate_weights, step_stds, transition
 from specstream.verification.gaussian import step_acceptance
-
-
-class StepLoss(ABC):
-    """What a drafted step costs, given how far its mean lies from the target's."""
-
-    @abstractmethod
-    def __call__(self, delta: Tensor, squared_error: Tensor) -> Tensor:
-        """Return the loss of each step (P,).
-
-        delta (P,): distance in standard deviations; squared_error (P,): mean over the state of the
-        squared error of the guess at the data.
-        """
-
-
-@dataclass(frozen=True)
-class RejectionProbability(StepLoss):
-    """The probability that the step falls, erf(|delta| / (2 sqrt 2)), and a share of |delta|.
-
-    The one to choose where drafts are verified exactly: it is what is paid.
-    """
-
-    distance_weight: float = 0.02
-
-    def __call__(self, delta: Tensor, squared_error: Tensor) -> Tensor:
-        return 1 - step_acceptance(delta) + self.distance_weight * delta
-
-
-@dataclass(frozen=True)
-class SquaredError(StepLoss):
-    """The squared error of the guess at the data: the usual loss, blind to what a step forgives."""
-
-    def __call__(self, delta: Tensor, squared_error: Tensor) -> Tensor:
-        return squared_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +100,7 @@ class ResidualModule(SummedLossModule):
         self.eta, self.guidance = eta, guidance
         self.window, self.windows_per_row = window, windows_per_row
         self.grid = self.target.schedule.grid(num_steps)
-        self.step_loss = step_loss
-        self.decoding = decoding
+        self.step_loss, self.decoding = step_loss, decoding
         if decoding is not None:
             found = (decoding.num_steps, decoding.eta, decoding.guidance)
             if found != (num_steps, eta, guidance):
