@@ -231,6 +231,16 @@ def test_the_readme_section_is_made_from_results_and_names_what_was_not_measured
     assert with_section(text, "new") == text.replace("old", "new")
 
 
+def test_a_plot_is_shown_with_the_results_it_was_drawn_from_only(tmp_path: Path) -> None:
+    results, configs = tmp_path / "docs/results", tmp_path / "configs/benchmark"
+    configs.mkdir(parents=True)
+    for name in ("pair", "pair-batches"):
+        write_rows(results / f"{name}.json", [line("CrossEntropy")])
+        (results / f"{name}-speedup.png").touch()
+    section = render(results, configs, tmp_path)
+    assert section.count("![pair-speedup]") == section.count("![pair-batches-speedup]") == 1
+
+
 def test_the_readme_agrees_with_the_committed_results() -> None:
     readme = (ROOT / "README.md").read_text()
     section = render(ROOT / "docs/results", ROOT / "configs/benchmark", ROOT)

@@ -36,9 +36,15 @@ def _render_file(path: Path, rows: list[JsonRow], root: Path) -> str:
     ]
     for table in make_tables(rows):
         parts += [f"**{table.title}**", markdown(table)]
-    plots = sorted(path.parent.glob(f"{path.stem}-*.png"))
-    parts += [f"![{p.stem}]({p.relative_to(root).as_posix()})" for p in plots]
+    parts += [f"![{p.stem}]({p.relative_to(root).as_posix()})" for p in _plots_of(path)]
     return "\n\n".join(parts)
+
+
+def _plots_of(path: Path) -> list[Path]:
+    """Return a results file's plots; those of files whose names go on from its own are theirs."""
+    others = tuple(f"{other.stem}-" for other in path.parent.glob(f"{path.stem}-*.json"))
+    plots = sorted(path.parent.glob(f"{path.stem}-*.png"))
+    return [plot for plot in plots if not plot.name.startswith(others)]
 
 
 def with_section(text: str, section: str) -> str:

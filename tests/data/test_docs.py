@@ -53,9 +53,9 @@ def test_the_conversion_script_writes_what_the_configs_read(
     assert len(list(RawText("data/tinystories/train.jsonl.gz").documents(None))) == 3
 
 
-def test_the_page_says_where_the_data_of_every_recipe_comes_from() -> None:
-    recipes = (ROOT / "configs" / "train").glob("*.yaml")
-    folders = {name for path in recipes for name in re.findall(r"data/(\w+)/", path.read_text())}
-    assert {"gsm8k", "tinystories"} <= folders
+def test_the_page_says_where_the_data_of_every_config_comes_from() -> None:
+    configs = (ROOT / "configs").rglob("*.yaml")
+    folders = {name for path in configs for name in re.findall(r"data/(\w+)/", path.read_text())}
+    assert {"gsm8k", "tinystories", "dllm_planning"} <= folders
     described = set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE))
     assert folders <= described

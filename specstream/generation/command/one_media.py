@@ -211,15 +211,15 @@ def guidance_remarks(pipeline: DenoisingSampler) -> list[str]:
 def refinement_report(stats: Stats) -> list[str]:
     """Return the table of a run that refines: what of its drafts was done again."""
     assert stats.acceptance is not None
-    return as_table(
-        [
-            ("guarantee", guarantee_of(stats)),
-            ("samples", f"{stats.prompts} in {stats.seconds:.2f} s"),
-            ("target rounds", f"{stats.target_calls}, of {stats.target_rows} rows in all"),
-            ("draft rounds", f"{stats.draft_calls} of a smaller model"),
-            ("refined", f"{1 - stats.acceptance:.1%} of {sum(stats.tested)} parts"),
-        ]
-    )
+    rows = [
+        ("guarantee", guarantee_of(stats)),
+        ("samples", f"{stats.prompts} in {stats.seconds:.2f} s"),
+        ("target rounds", f"{stats.target_calls}, of {stats.target_rows} rows in all"),
+    ]
+    if stats.draft_calls:  # else the target has drafted for itself
+        rows.append(("draft rounds", f"{stats.draft_calls} of a smaller model"))
+    rows.append(("refined", f"{1 - stats.acceptance:.1%} of {sum(stats.tested)} parts"))
+    return as_table(rows)
 
 
 def as_table(rows: list[tuple[str, str]]) -> list[str]:
