@@ -19,10 +19,15 @@ def load_run(run: str | Path, **options: Any) -> TextPipeline | MaskedPipeline:
     A causal LM continues texts, with the options of `specstream.generation.loading.load_run`
     (`sampling`, `limits`, ...); a masked diffusion model fills canvases, with those of
     `specstream.generation.masked_loading.load_masked_run` (`sampler`, ...).  Raises ValueError in
-    one line for a folder that is not a run, and TypeError for an option of the other kind.
+    one line for a folder that is not a run, or one of media, and TypeError for an option of the
+    other kind.
     """
-    from specstream.generation import loading, masked_loading
+    from specstream.generation import loading, masked_loading, media_loading
 
+    if media_loading.is_media_run(run):
+        raise ValueError(
+            f"'{run}' makes media: load it with specstream.generation.media_loading.load_media_run"
+        )
     if masked_loading.is_masked_run(run):
         return masked_loading.load_masked_run(run, **options)
     return loading.load_run(run, **options)

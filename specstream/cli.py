@@ -72,6 +72,8 @@ def quiet_known_noise() -> None:
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
     # its guess about loader processes: ours are set in the data module
     warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    # its guess about epochs shorter than the logging interval: steps are counted over all epochs
+    warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller.*")
     # whether a run folder may be written is decided by our own rules
     warnings.filterwarnings(
         "ignore", message=r".*Checkpoint directory .* exists and is not empty.*"

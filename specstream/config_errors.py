@@ -49,6 +49,13 @@ class OneLineErrors(ArgumentParser):
             args = [re.sub("=None$", "=null", word) for word in args]
         return super().parse_args(args, *others, **options)
 
+    def format_help(self, *args: Any, **options: Any) -> str:
+        """Return the help; where any module may be given, without a list of all those of torch."""
+        for action in self._actions:
+            if hasattr(action, "extra_help") and "torch.nn." in action.extra_help():
+                action.extra_help = str
+        return super().format_help(*args, **options)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         marked = MARKED.search(message)
         before = message[: marked.start()] if marked else message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from specstream.cli import generate
 from specstream.drafters import MaskedDraftModel
 from specstream.drafters.loading import save_drafter
 from specstream.drafters.self_speculative import save_head
-from specstream.generation.command.options import parse_options
+from specstream.generation.command.options import make_parser, parse_options
 from specstream.generation.masked_loading import is_masked_run
 from specstream.models import PretrainedMaskedLM, SelfSpeculativeHead
 from specstream.models.fingerprint import fingerprint
@@ -114,3 +115,11 @@ def test_the_folder_of_a_llada_is_a_masked_run(runs: Path, tmp_path: Path) -> No
     assert is_masked_run(tmp_path)
     shutil.copy(runs / "target" / "model" / "config.json", tmp_path / "config.json")
     assert is_masked_run(tmp_path)
+
+
+def test_the_help_explains_every_option_and_lists_no_modules_of_torch() -> None:
+    shown = make_parser().format_help()
+    assert "torch.nn." not in shown and "specstream.drafters.Eagle3" in shown
+    explained = re.split(r"\n  (?=--)", shown.partition("\noptions:")[2])
+    bare = [text.split()[0] for text in explained if re.match(r"\S+ [A-Z_]+\s+\(type:", text)]
+    assert not bare

@@ -348,6 +348,8 @@ def test_load_run_takes_masked_runs_too(runs: Path, tmp_path: Path) -> None:
     assert isinstance(load_run(tmp_path, dtype="float32"), AutoregressivePipeline)
     with pytest.raises(TypeError, match="lookup"):
         load_run(runs / "target", lookup=True)
+    with pytest.raises(ValueError, match=r"makes media: load it with .*load_media_run"):
+        load_run(Path(__file__).parents[1] / "checkpoints/digits")
 
 
 def test_windows_are_refused_for_a_target_that_is_spelled_out(

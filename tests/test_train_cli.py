@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from specstream.cli import train
+from specstream.cli import quiet_known_noise, train
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -206,7 +207,17 @@ def test_help_is_shown() -> None:
         [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and "--ckpt_path" in done.stdout and "--run" in done.stdout
+    assert "specstream.data.TextDataModule" in done.stdout
     assert done.stderr == ""
+
+
+def test_the_guess_of_epochs_shorter_than_the_logging_interval_is_silenced() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        quiet_known_noise()
+        warnings.warn("The number of training batches (12) is smaller than the", stacklevel=1)
+        warnings.warn("The number of training batches is odd", stacklevel=1)
+    assert [str(one.message) for one in seen] == ["The number of training batches is odd"]
 
 
 @pytest.mark.parametrize("accelerator", ["tpu", "abacus"])

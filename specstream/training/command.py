@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed.tensor import DTensor
 
+import specstream.data.text  # noqa: F401  --help names the data modules that are imported
 from specstream.config_errors import ConfigError, OneLineErrors
 from specstream.data.loader import TooFewRows
 from specstream.training.base import SummedLossModule

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -275,6 +276,7 @@ def test_a_student_is_trained_resumed_loaded_and_samples_both_ways(
     assert "heuristic, of the target's with guidance 2" in shown
     assert "student samples have no law" in shown and "plain, 8 steps" in shown
     assert "2; the target was not asked" in shown
+    assert re.search(r"^student +2 +0 ", shown, re.MULTILINE)
     assert (found["guarantee"], found["target_calls"], found["draft_calls"]) == ("heuristic", 0, 2)
     assert generate([*given, "--media.steps", "6"]) == 0
     assert "was trained for guidance 2: with 1 the samples" in capsys.readouterr().err

@@ -50,7 +50,8 @@ class MediaOptions:
         mask: a picture (of a video model also a video) of the same size, white where something is
             to be made; of a sound its columns are stretches of time.
         first_frame: a picture that a video begins with.
-        height, width: of what is made, in pixels; of a small model, one of those it was trained on.
+        height: of what is made, in pixels; of a small model, one of those it was trained on.
+        width: in pixels, as the height.
         num_frames: of a video.
         frame_rate: frames a second of a video.
         seconds: of a sound that a model of diffusers makes.

@@ -233,7 +233,8 @@ def comparison_report(rows: list[Sampled]) -> list[str]:
     lines = [f"{'':<18}{'rounds':>8}{'rows':>8}{'seconds':>10}"]
     for row in rows:
         stats = row.stats
-        counts = f"{stats.target_calls:>8}{stats.target_rows:>8}"
+        rounds = stats.target_calls or stats.draft_calls  # of a student, which is asked alone
+        counts = f"{rounds:>8}{stats.target_rows:>8}"
         lines.append(f"{row.name:<18}{counts}{row.seconds:>10.3f}")
     if rows[0].stats.guarantee is Guarantee.HEURISTIC:
         lines.append(

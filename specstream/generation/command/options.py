@@ -34,7 +34,8 @@ class Options:
 
     Args:
         run: a run folder, checkpoints/NAME; the models are its own.
-        target: instead of a run, the model whose output is wanted (class_path and init_args).
+        target: instead of a run, the model whose output is wanted (class_path and init_args):
+            PretrainedLM, PretrainedMaskedLM or PretrainedDenoiser of specstream.models.
         drafter: who guesses for the target; none: plain decoding.
         verifier: which guesses stand; TokenRejection unless said, of a masked model
             ConfidenceThreshold.
