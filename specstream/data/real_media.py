@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from specstream.data.caption_records import CaptionRecords
 from specstream.data.media_sources import (
     MediaSource,
     Samples,
@@ -20,8 +21,6 @@ from specstream.data.media_sources import (
     composed,
     read_array,
 )
-from specstream.data.records import Location, Template
-from specstream.data.text_vectors import text_vector
 from specstream.media_processor import MediaProcessor
 
 AT_ONCE = 256  # pictures that are shrunk together
@@ -31,22 +30,32 @@ AT_ONCE = 256  # pictures that are shrunk together
 class VideoArrays(MediaSource):
     """Videos of bytes in an .npz file, (n, F, H, W, C) or (n, F, H, W), cut into windows.
 
-    A window is held out or not by its own number, so windows of one video lie on both sides.
+    A window is held out or not by its own number, so windows of one video lie on both sides, unless
+    `split` parts the videos.
 
     Args:
         path: the file.
-        video: name of its array.
+        captions: records (.jsonl, .jsonl.gz or .parquet) with a text for each video, as many and in
+            the same order; None: there is no text.
+        video: name of the array.
+        template: how a record becomes the text, such as "{caption}".
+        split: only videos whose record has this in its field `split`; None: all.
         num_frames: F of a sample; each video gives as many windows as fit; None: it is one.
         size: height and width of a sample, by averaging areas; None: as they are.
+        text_size: width of the vector that a text becomes.
         frame_rate: frames a second, to write them.
         enlarge: pixels are written so much larger.
         limit: only the first videos.
     """
 
     path: str
+    captions: str | None = None
     video: str = "video"
+    template: str = "{caption}"
+    split: str | None = None
     num_frames: int | None = None
     size: int | None = None
+    text_size: int = 256
     frame_rate: float = 8.0
     enlarge: int = 4
     limit: int | None = None
@@ -58,19 +67,37 @@ class VideoArrays(MediaSource):
         if self.num_frames is not None and not 1 <= self.num_frames <= shape[1]:
             raise ValueError(f"num_frames must be in 1..{shape[1]}, got {self.num_frames}")
         check_size(self.size, min(shape[2:4]))
+        if self._captions is not None:
+            self._captions.check()
+        elif self.split is not None:
+            raise ValueError(f"split '{self.split}' is a field of the captions: give their file")
 
     def samples(self) -> Samples:
-        video = read_array(self.path, self.video)[: self.limit]
+        video, text = read_array(self.path, self.video), None
+        if self._captions is not None:
+            told = self._captions.told(len(video))
+            video, text = video[told.rows], told.text[: self.limit]
+        video = video[: self.limit]
         video = video[..., None] if video.ndim == 4 else video
         length = self.num_frames or video.shape[1]
         windows = video.shape[1] // length
         cut = video[:, : windows * length].reshape(-1, *video.shape[2:])  # (n * F, H, W, C)
         pictures = shrunk(cut, self.size).unflatten(0, (-1, length))
-        return Samples(pictures.movedim(2, 1).contiguous())
+        states = pictures.movedim(2, 1).contiguous()
+        return Samples(states, text=None if text is None else text.repeat_interleave(windows, 0))
 
     @property
     def processor(self) -> MediaProcessor:
-        return MediaProcessor("video", frame_rate=self.frame_rate, enlarge=self.enlarge)
+        size = 0 if self.captions is None else self.text_size
+        return MediaProcessor(
+            "video", frame_rate=self.frame_rate, enlarge=self.enlarge, text_size=size
+        )
+
+    @property
+    def _captions(self) -> CaptionRecords | None:
+        if self.captions is None:
+            return None
+        return CaptionRecords(self.captions, self.template, self.split, self.text_size)
 
 
 @dataclass(frozen=True)
@@ -172,33 +199,22 @@ class CaptionedImages(MediaSource):
         if len(shape) not in (3, 4):
             raise ValueError(f"'{self.path}': images are (n, H, W, C), not {list(shape)}")
         check_size(self.size, min(shape[1:3]))
-        if self.text_size < 1:
-            raise ValueError(f"text_size must be at least 1, got {self.text_size}")
-        Location(self.captions).check()
-        Template(self.template).fields()
+        self._captions.check()
 
     def samples(self) -> Samples:
         images = read_array(self.path, self.images)
-        records = list(Location(self.captions).records())
-        if len(records) != len(images):
-            raise ValueError(
-                f"'{self.captions}' has {len(records)} records for {len(images)} images"
-            )
-        kept = [
-            number
-            for number, (_, record) in enumerate(records)
-            if self.split is None or record.get("split") == self.split
-        ]
-        if not kept:
-            raise ValueError(f"'{self.captions}' has no record of the split '{self.split}'")
-        template = Template(self.template)
-        texts = [text_vector(template.fill(*records[n]), self.text_size) for n in kept]
-        pixels = images[kept] if images.ndim == 4 else images[kept][..., None]
-        return Samples(shrunk(pixels, self.size), text=torch.stack(texts))
+        told = self._captions.told(len(images))
+        pixels = images[told.rows]
+        pixels = pixels if pixels.ndim == 4 else pixels[..., None]
+        return Samples(shrunk(pixels, self.size), text=told.text)
 
     @property
     def processor(self) -> MediaProcessor:
         return MediaProcessor("image", enlarge=self.enlarge, text_size=self.text_size)
+
+    @property
+    def _captions(self) -> CaptionRecords:
+        return CaptionRecords(self.captions, self.template, self.split, self.text_size)
 
 
 def check_size(size: int | None, most: int) -> None:

@@ -55,6 +55,23 @@ def test_videos_are_cut_into_windows_and_shrunk_by_averaging(video: str) -> None
     assert source.processor.kind == "video"
 
 
+def test_every_window_of_a_video_has_its_text_and_the_split_parts_whole_videos(
+    video: str, tmp_path: Path
+) -> None:
+    names = [("a cat", "train"), ("a dog", "test"), ("a bird", "train")]
+    file = tmp_path / "manifest.jsonl"
+    file.write_text("".join(json.dumps({"caption": n, "split": s}) + "\n" for n, s in names))
+    source = VideoArrays(video, str(file), split="train", num_frames=3, text_size=64)
+    source.check()
+    samples, every = source.samples(), VideoArrays(video, num_frames=3).samples()
+    assert torch.equal(samples.states, every.states[[0, 1, 4, 5]]) and every.text is None
+    wanted = [text_vector(name, 64) for name in ("a cat", "a cat", "a bird", "a bird")]
+    assert samples.text is not None and torch.equal(samples.text, torch.stack(wanted))
+    assert source.processor.text_size == 64 and VideoArrays(video).processor.text_size == 0
+    first = VideoArrays(video, str(file), split="train", limit=1).samples()
+    assert first.text is not None and len(first.states) == len(first.text) == 1
+
+
 def test_moving_images_fly_and_bounce(images: str) -> None:
     source = MovingImages(images, num_clips=20, num_frames=6, size=12, image_size=4)
     source.check()
@@ -110,6 +127,7 @@ def test_wrong_options_are_one_line(video: str, images: str, captions: str, tmp_
         (VideoArrays(video, size=9), r"the size must be in 1..8, that of the pictures, got 9"),
         (VideoArrays(images, video="image"), r"videos are \(n, F, H, W, C\), not \[5, 8, 8\]"),
         (VideoArrays(images), "has no array 'video', but image, label"),
+        (VideoArrays(video, split="test"), "split 'test' is a field of the captions"),
         (VideoArrays("none.npz"), "'none.npz' is no .npz file that can be read"),
         (MovingImages(images, size=6, image_size=7), "size must be at least 7, an image's, got 6"),
         (MovingImages(images, num_objects=0), "num_objects must be at least 1, got 0"),
@@ -120,7 +138,7 @@ def test_wrong_options_are_one_line(video: str, images: str, captions: str, tmp_
     for source, line in cases:
         with pytest.raises(ValueError, match=line):
             source.check()
-    with pytest.raises(ValueError, match="has 1 records for 5 images"):
+    with pytest.raises(ValueError, match="has 1 records for 5 media"):
         CaptionedImages(images, str(short)).samples()
     with pytest.raises(ValueError, match="has no record of the split 'validation'"):
         CaptionedImages(images, captions, split="validation").samples()
