@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
 
 from specstream.benchmark import (
     EqualRounds,
@@ -23,109 +20,32 @@ from specstream.benchmark import (
 from specstream.benchmark.command import main
 from specstream.benchmark.media_methods import MediaModels, MediaSetting
 from specstream.benchmark.readme import render
-from specstream.data.media_sources import MediaSource, Samples
-from specstream.drafters import IndependentDenoiser, ResidualDenoiser, WindowDenoiser
-from specstream.drafters.state_loading import save_state_drafter
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import CostModelLength
 from specstream.generation.media_loading import SamplerOptions, load_media_run
 from specstream.generation.solvers import AdamsBashforth2
 from specstream.media_processor import MediaProcessor
 from specstream.metrics import energy_distance, psnr
-from specstream.models import Denoiser, FlowSchedule, PatchTransformer
 from specstream.models.denoiser import load_denoiser
-
-STEPS, SAMPLES, SOLVED = 8, 12, 4
-SHAPE = (1, 2, 4, 4)  # two frames of 4 by 4
-
-
-@dataclass(frozen=True)
-class Flickers(MediaSource):
-    """Thirty videos of noise."""
-
-    size: int = 4
-
-    def check(self) -> None:
-        pass
-
-    def samples(self) -> Samples:
-        noise = torch.Generator().manual_seed(0)
-        return Samples(torch.randn(30, 1, 2, self.size, self.size, generator=noise), None)
-
-    @property
-    def processor(self) -> MediaProcessor:
-        return MediaProcessor("video", classes=("a", "b"))
-
-
-def network(in_channels: int = 1, out_channels: int = 1, times: int = 1) -> PatchTransformer:
-    torch.manual_seed(0)
-    net = PatchTransformer(in_channels, out_channels, (1, 2, 2), 8, 1, 2, times, num_classes=2)
-    torch.nn.init.normal_(net.write.weight, std=0.3)
-    return net
+from tests.media_toys import (
+    FREE,
+    PLAIN,
+    SAMPLES,
+    SOLVED,
+    STEPS,
+    Flickers,
+    block,
+    measure,
+    method,
+    save_models,
+    toy,
+    write_study,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target of untrained weights, and a drafter of each kind for it."""
-    folder = tmp_path_factory.mktemp("models")
-    Denoiser(network(), FlowSchedule(), SHAPE).save(folder / "target")
-    MediaProcessor("video", classes=("a", "b")).save(folder / "target")
-    target = load_denoiser(folder / "target")
-    for name, drafter in {
-        "residual": ResidualDenoiser(network(2, times=2)),
-        "window": WindowDenoiser(network(2, 4, 2), 4),
-        "small": IndependentDenoiser(Denoiser(network(), FlowSchedule(), SHAPE)),
-    }.items():
-        save_state_drafter(folder / name / "draft", drafter, target)
-    return folder
-
-
-def block(place: str, /, **options: Any) -> dict[str, Any]:
-    return {"class_path": f"specstream.{place}", "init_args": options}
-
-
-def method(kind: str, name: str, /, **options: Any) -> dict[str, Any]:
-    return block(f"benchmark.{kind}", name=name, **options)
-
-
-PLAIN = method("PlainSteps", "plain")
-FREE = method("FreeDraft", "free", draft="estimate", window=4)
-
-
-def toy(models: Path, **options: Any) -> dict[str, Any]:
-    return {
-        "name": "toy",
-        "target": str(models / "target"),
-        "data": {"class_path": "tests.test_benchmark_media.Flickers"},
-        "num_steps": [STEPS],
-        "num_samples": SAMPLES,
-        "num_solved": SOLVED,
-        "batch_size": 8,
-        "validation_fraction": 0.5,
-    } | options
-
-
-def write_study(
-    folder: Path, task: dict[str, Any], methods: Sequence[dict[str, Any]], **options: Any
-) -> str:
-    study = {
-        "tasks": [task], "methods": list(methods), "timed_samples": 2, "repeats": 1,
-        "num_permutations": 19, "device": "cpu",
-    }  # fmt: skip
-    path = folder / "toy.yaml"
-    path.write_text(yaml.safe_dump({"study": block("benchmark.MediaStudy", **study | options)}))
-    return str(path)
-
-
-def measure(
-    config: str, output: Path, capsys: pytest.CaptureFixture[str], *words: str
-) -> list[dict[str, Any]]:
-    code = main(["--config", config, "--output", str(output), *words])
-    shown = capsys.readouterr()
-    assert code == 0, shown.err
-    rows = json.loads(shown.out.splitlines()[-1])
-    assert rows == json.loads(output.read_text())
-    return rows
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 def every_method(models: Path) -> list[dict[str, Any]]:
@@ -187,9 +107,9 @@ def test_a_row_is_of_what_the_pipeline_drew(
         write_study(tmp_path, toy(models), [PLAIN, FREE]), tmp_path / "toy.json", capsys
     )
     target, loaded = load_denoiser(models / "target"), MediaModels(str(models / "target"), "cpu")
-    first, classes = (loaded.condition(loaded.classes(SAMPLES, seed)) for seed in (0, 1))
+    first, classes = (loaded.condition(loaded.prompts(SAMPLES, seed)) for seed in (0, 1))
     held_out = MediaTask("toy", str(models / "target"), Flickers(), validation_fraction=0.5)
-    data = held_out.held_out(SHAPE)
+    data = held_out.held_out().states
     assert 0 < len(data) == free["num_held_out"] < 30
     other = DenoisingPipeline(target, STEPS).complete(SAMPLES, first, seed=0)
     again = DenoisingPipeline(target, STEPS).complete(SAMPLES, classes, seed=1)
@@ -208,8 +128,8 @@ def test_a_row_is_of_what_the_pipeline_drew(
 def test_classes_are_drawn_alike_and_independently_of_one_another(models: Path) -> None:
     """Equal counts would bias the distance of two runs of one sampler below 0."""
     loaded = MediaModels(str(models / "target"), "cpu")
-    found = [loaded.classes(400, seed) for seed in (0, 1)]
-    assert found[0] == loaded.classes(400, 0) != found[1]
+    found = [loaded.prompts(400, seed) for seed in (0, 1)]
+    assert found[0] == loaded.prompts(400, 0) != found[1]
     assert all(set(classes) == {0, 1} and 0 < abs(sum(classes) - 200) < 40 for classes in found)
     same = sum(one == other for one, other in zip(*found, strict=True))
     assert abs(same - 200) < 40
@@ -245,7 +165,7 @@ def test_solvers_are_held_beside_the_solution_of_their_noise(
     assert [found[f"Euler {n}"]["rounds"] for n in (4, 16, 40)] == [4, 16, 40]
     assert found["error 1e+09"]["rounds"] < 10 and found["error 0"]["rounds"] <= 10
     target, loaded = load_denoiser(models / "target"), MediaModels(str(models / "target"), "cpu")
-    classes = loaded.condition(loaded.classes(SOLVED, 0))
+    classes = loaded.condition(loaded.prompts(SOLVED, 0))
     solution, ten = (
         DenoisingPipeline(target, steps, 0.0).complete(SOLVED, classes, seed=0)
         for steps in (40, 10)
@@ -290,14 +210,16 @@ def test_mistakes_are_one_line(
     assert "there is no diffusion model in" in refusal(target=str(models / "none"))
     assert "etas must be above 0" in refusal(etas=[0.0])
     assert "num_steps must be at least 2" in refusal(num_steps=[1])
-    assert "validation_fraction must be between" in refusal(validation_fraction=0.0)
+    assert "validation_fraction must be above 0" in refusal(validation_fraction=0.0)
     assert "no PlainSteps method without options" in refusal(FREE)
-    data = {"class_path": "tests.test_benchmark_media.Flickers", "init_args": {"size": 6}}
+    data = {"class_path": "tests.media_toys.Flickers", "init_args": {"size": 6}}
     assert "the target's states are [1, 2, 4, 4], the data's [1, 2, 6, 6]" in refusal(data=data)
     told = MediaProcessor("video", text_size=4)
     told.save(models / "told")
     load_denoiser(models / "target").save(models / "told")
-    assert "is asked by text" in refusal(target=str(models / "told"))
+    assert "is asked by texts of 4 numbers; the data has none" in refusal(
+        target=str(models / "told")
+    )
     long = method("TrainedDraft", "long", run=str(models / "window"), window=5)
     assert "guesses 4 steps at once, not 5" in refusal(PLAIN, long)
 

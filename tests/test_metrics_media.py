@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from specstream.metrics import (
     RandomFeatures,
+    average_spectrum_distance,
     clip_score,
     energy_distance,
     energy_test,
@@ -153,6 +154,16 @@ def test_spectral_distances_hear_pitch_and_not_phase() -> None:
     )
     assert spectral_distance(shifted, tone) < 0.5 * spectral_distance(other, tone)
     assert log_spectral_distance(shifted, tone) < 0.5 * log_spectral_distance(other, tone)
+
+
+def test_an_average_spectrum_knows_bands_and_no_order_in_time() -> None:
+    sounds = torch.linspace(-1, 1, 2 * 3 * 4).view(2, 1, 3, 4)
+    assert average_spectrum_distance(sounds.flip(3).flip(0), sounds, 80.0) < 1e-5
+    louder = sounds.clone()
+    louder[:, :, 1] += 0.3  # one band of three by 0.3 of -1..1, which is 12 of 80 dB
+    expected = 12 / math.sqrt(3)
+    assert average_spectrum_distance(louder, sounds, 80.0) == pytest.approx(expected, rel=1e-4)
+    assert average_spectrum_distance(sounds.flip(2), sounds, 80.0) > 1
 
 
 def test_spectral_distances_refuse_short_and_unlike_sounds() -> None:

@@ -9,8 +9,9 @@ Reading order: `prompts` (what is decoded), `pair` (the models), `methods` (who 
 of drafters, with task metrics), `masked_prompts`, `masked_methods`, `masked_study`, `masked_rows`,
 `masked_scores` and `pareto` (the table of fillings: masked diffusion, quality against calls),
 `step_study` (a step of both its models),
-`media_methods`, `media_curves`, `media_study`, `media_rows` and `media_records` (the tables of
-media: drafts that keep a law, solvers that miss a solution), `rows` (the results file), `tables`,
+`media_methods`, `media_refinement`, `media_counts`, `media_curves`, `media_study`, `media_rows` and
+`media_records` (the tables of media: drafts that keep a law, refinements that keep none, solvers
+that miss a solution), `rows` (the results file), `tables`,
 `plots`, `masked_plots`, `media_plots` and `readme` (what is made of it), `command` (the command
 line).  `sweep` trains what `distillation` compares.
 """
@@ -36,11 +37,13 @@ from specstream.benchmark.masked_study import MaskedStudy, MaskedTask
 from specstream.benchmark.media_curves import AcceptByError, Picard, SolverCurve, SolverSteps
 from specstream.benchmark.media_methods import (
     EqualRounds,
+    EqualSeconds,
     FreeDraft,
     PlainSteps,
     SamplingMethod,
     TrainedDraft,
 )
+from specstream.benchmark.media_refinement import Refined
 from specstream.benchmark.media_study import MediaStudy, MediaTask
 from specstream.benchmark.methods import (
     Drafted,
@@ -65,6 +68,7 @@ __all__ = [
     "DrafterAlone",
     "DrafterStudy",
     "EqualRounds",
+    "EqualSeconds",
     "FilePrompts",
     "FreeDraft",
     "HeldOutCanvases",
@@ -86,6 +90,7 @@ __all__ = [
     "PublishedPuzzles",
     "QuestionFile",
     "ReferencedPrompts",
+    "Refined",
     "SamplingMethod",
     "SelfSpeculative",
     "SolverCurve",

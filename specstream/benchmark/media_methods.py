@@ -40,6 +40,7 @@ class MediaSetting:
         guidance: weight of the condition; 1 is none.
         batch_size: samples drawn together.
         rounds: of a sample, by the names of the methods that were counted before.
+        shares: of the plain sampler's seconds, by the same names.
     """
 
     num_steps: int
@@ -47,6 +48,7 @@ class MediaSetting:
     guidance: float = 1.0
     batch_size: int = 1
     rounds: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -60,31 +62,41 @@ class MediaSetting:
 
 
 class MediaModels:
-    """A target and the drafters of its task, each loaded once, on one device."""
+    """A target and the drafters of its task, each loaded once, on one device.
 
-    def __init__(self, target: str, device: str) -> None:
+    A prompt is the number of a class, or of one of the `texts` (m, text_size) of held-out data.
+    """
+
+    def __init__(self, target: str, device: str, texts: Tensor | None = None) -> None:
         self.path, self.place = target, find_device(device)
         self.target = load_denoiser(target, self.place).eval().requires_grad_(False)
         self.processor = load_media_processor(target)
-        if self.processor.text_size:
+        found, wanted = 0 if texts is None else texts.shape[1], self.processor.text_size
+        if wanted and found != wanted:
+            has = f"vectors of {found} numbers" if found else "none"
             raise ValueError(
-                f"'{target}' is asked by text: samples are drawn by class or by nothing"
+                f"'{target}' is asked by texts of {wanted} numbers; the data has {has}"
             )
+        self.texts = texts if wanted else None
         self._drafters: dict[str, StateDrafter] = {}
 
-    def condition(self, classes: Sequence[int]) -> dict[str, Tensor]:
-        """Return what the target is told of samples of these classes; nothing without classes."""
-        return {"classes": torch.tensor(list(classes))} if self.processor.classes else {}
+    def condition(self, prompts: Sequence[int]) -> dict[str, Tensor]:
+        """Return what the target is told of samples of these prompts; of some models nothing."""
+        numbers = torch.tensor(list(prompts))
+        if self.texts is not None:
+            return {"text": self.texts[numbers]}
+        return {"classes": numbers} if self.processor.classes else {}
 
-    def classes(self, num_samples: int, seed: int) -> list[int]:
-        """Return a class for each sample, each as likely as any other.
+    def prompts(self, num_samples: int, seed: int) -> list[int]:
+        """Return a prompt for each sample, each as likely as any other.
 
         Equal counts would make samples depend on one another: two sets of them lie nearer together
         than independent ones, and tests of their laws would find too little.
         """
         samples = torch.arange(num_samples)
         uniforms = Noise(seed).uniform(samples, torch.zeros_like(samples), Role.ORDER)
-        return (uniforms * max(len(self.processor.classes), 1)).long().tolist()
+        known = len(self.processor.classes) if self.texts is None else len(self.texts)
+        return (uniforms * max(known, 1)).long().tolist()
 
     def plain(self, setting: MediaSetting, num_steps: int, eta: float) -> DenoisingPipeline:
         """Return the plain sampler."""
@@ -118,7 +130,7 @@ class MediaModels:
 
 
 class SamplingRunner(Runner):
-    """A sampler as the alternating runs know it: a prompt is the class of a sample."""
+    """A sampler as the alternating runs know it: a prompt is that of a sample."""
 
     variant = "only"
 
@@ -157,6 +169,10 @@ class SamplingMethod(ABC):
     def refusal(self, setting: MediaSetting) -> str | None:
         """Say why this method cannot draw what is asked for; None when it can."""
         return None
+
+    def beside(self) -> list[SamplingMethod]:
+        """Return what is always measured after this method, because it has to beat it."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -214,8 +230,12 @@ class EqualRounds(SamplingMethod):
             return None
         return f"method '{self.name}': '{self.method}' was not measured before it"
 
+    def num_steps(self, setting: MediaSetting) -> int:
+        """Return how many steps cost as much as the other method."""
+        return max(round(setting.rounds[self.method]), 1)
+
     def pipeline(self, models: MediaModels, setting: MediaSetting) -> DenoisingSampler:
-        num_steps = max(round(setting.rounds[self.method]), 1)
+        num_steps = self.num_steps(setting)
         if self.solver is None:
             return models.plain(setting, num_steps, setting.eta if self.eta is None else self.eta)
         return SolverPipeline(
@@ -225,6 +245,20 @@ class EqualRounds(SamplingMethod):
             guidance=setting.guidance,
             batch_size=setting.batch_size,
         )
+
+
+@dataclass(frozen=True)
+class EqualSeconds(EqualRounds):
+    """The target alone with as many steps as fit into the other method's seconds.
+
+    Seconds are those in which the samples of both were drawn, in batches; options as for
+    `EqualRounds`.  The timed columns say how equal they are.
+    """
+
+    kind = "equal seconds"
+
+    def num_steps(self, setting: MediaSetting) -> int:
+        return max(round(setting.num_steps * setting.shares[self.method]), 1)
 
 
 class DraftedSteps(SamplingMethod):
@@ -277,11 +311,7 @@ class TrainedDraft(DraftedSteps):
     kind = "trained draft"
 
     def missing(self) -> str | None:
-        if not Path(self.run).is_dir():
-            return f"method '{self.name}': there is no folder '{self.run}'"
-        if not (draft_folder(self.run) / RECORD).is_file():
-            return f"method '{self.name}': '{self.run}' holds no finished drafter"
-        return None
+        return missing_drafter(self.name, self.run)
 
     def pipeline(self, models: MediaModels, setting: MediaSetting) -> DenoisingSampler:
         drafter = models.drafter(self.run, setting.guidance)
@@ -294,13 +324,10 @@ class TrainedDraft(DraftedSteps):
         return models.drafted(setting, drafter, drafted_lengths(drafter, self.window))
 
 
-def draft_passes(pipeline: DenoisingSampler) -> float:
-    """Return the passes of a drafter's network, one after another, of a sample of the last run.
-
-    A pass is made for each drafted step, or for a whole window; free drafts need none.
-    """
-    stats, drafter = pipeline.stats, getattr(pipeline, "drafter", None)
-    if not isinstance(drafter, StateDrafter) or not list(drafter.parameters()):
-        return 0.0
-    rounds = stats.full_rounds - stats.plain_rounds
-    return (stats.draft_lengths if drafter.calls_a_step else rounds) / stats.prompts
+def missing_drafter(method: str, run: str) -> str | None:
+    """Say what the run folder of a method's drafter lacks; None when all is there."""
+    if not Path(run).is_dir():
+        return f"method '{method}': there is no folder '{run}'"
+    if not (draft_folder(run) / RECORD).is_file():
+        return f"method '{method}': '{run}' holds no finished drafter"
+    return None

@@ -14,9 +14,12 @@ from specstream.benchmark.tables import JsonRow, Table
 KINDS = {
     "plain": ("o", "#4c72b0"),
     "equal rounds": ("s", "#8172b2"),
+    "equal seconds": ("s", "#ccb974"),
+    "refined": ("P", "#dd8452"),
     "free draft": ("^", "#55a868"),
     "trained draft": ("D", "#c44e52"),
 }
+PLAIN = ("plain", "equal rounds", "equal seconds")  # the target alone
 OTHER = ("X", "#a67c00")
 
 
@@ -47,7 +50,7 @@ def _panels(tables: Sequence[Table], draw: Callable[[Any, Sequence[JsonRow]], No
 
 def _draw_distances(axis: Any, rows: Sequence[JsonRow]) -> None:
     """Draw a point for each method, its noise as a bar, and a line for each plain sampler's eta."""
-    steps = [row for row in rows if row["kind"] in ("plain", "equal rounds")]
+    steps = [row for row in rows if row["kind"] in PLAIN]
     for eta in sorted({row["eta"] for row in steps}):
         own = sorted((r for r in steps if r["eta"] == eta), key=lambda r: float(r["rounds"]))
         places = [row["rounds"] for row in own], [row["data_distance"] for row in own]

@@ -43,6 +43,7 @@ class SampleLaw:
     plain_noise: float
     plain_p_value: float
     temporal_consistency: float | None  # of videos: change a frame over that of the data
+    spectrum_distance: float | None  # of spectrograms: dB between average spectra
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ class PlainRatio:
 class MediaRow:
     """One way of drawing samples of one diffusion model, under one number of steps and one eta.
 
-    `alphas` is the acceptance by place in the window, given that all before it stood.
+    `acceptance` is the share of drafted steps that stand, of a refinement that of the parts that
+    are kept; `alphas` is the acceptance by place in the window, given that all before it stood.
     """
 
     study: str = "media"

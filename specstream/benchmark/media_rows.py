@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
+from specstream.benchmark.media_counts import draft_passes, target_rounds
 from specstream.benchmark.media_curves import CurvePoint
-from specstream.benchmark.media_methods import MediaSetting, SamplingMethod, draft_passes
+from specstream.benchmark.media_methods import DraftedSteps, MediaSetting, SamplingMethod
 from specstream.benchmark.media_records import (
     MediaRow,
     PlainRatio,
@@ -20,7 +21,14 @@ from specstream.benchmark.media_records import (
 from specstream.benchmark.rows import Machine
 from specstream.benchmark.timing import Measured, ratio_interval
 from specstream.generation.denoising_sampler import DenoisingSampler
-from specstream.metrics import energy_distance, energy_test, psnr, temporal_consistency
+from specstream.metrics import (
+    average_spectrum_distance,
+    energy_distance,
+    energy_test,
+    psnr,
+    temporal_consistency,
+)
+from specstream.spectrogram import LogMel
 from specstream.structures import Stats
 
 VIDEO_AXES = 5  # of a batch of videos (B, C, F, H, W)
@@ -34,12 +42,13 @@ class Drawn:
     pipeline: DenoisingSampler
     samples: Tensor  # (n, *S)
     stats: Stats
+    rounds: float  # calls of the target, one after another, of a sample
     draft_passes: float
 
     @property
-    def rounds(self) -> float:
-        """Calls of the target, one after another, of a sample."""
-        return self.stats.full_rounds / self.stats.prompts
+    def seconds(self) -> float:
+        """Seconds of a sample, of those that were drawn to be judged."""
+        return self.stats.seconds / self.stats.prompts
 
     @property
     def target_rows(self) -> float:
@@ -71,14 +80,16 @@ def draw(
 ) -> Drawn:  # fmt: skip
     """Draw the samples of a method."""
     samples = pipeline.complete(num_samples, condition, seed=seed)
-    return Drawn(method, pipeline, samples, replace(pipeline.stats), draft_passes(pipeline))
+    counts = target_rounds(pipeline), draft_passes(pipeline)
+    return Drawn(method, pipeline, samples, replace(pipeline.stats), *counts)
 
 
 @dataclass(frozen=True)
 class MediaRowMaker:
     """Turns the samples and the seconds of one task under one setting into rows.
 
-    `plain` (n, *S) are samples of the reference from other noise than that of the methods.
+    `plain` (n, *S) are samples of the reference from other noise than that of the methods;
+    `spectrogram` is how sounds became states, None for others.
     """
 
     task: str
@@ -87,6 +98,7 @@ class MediaRowMaker:
     held_out: Tensor  # (m, *S)
     plain: Tensor
     num_permutations: int
+    spectrogram: LogMel | None
     machine: Machine
 
     def rows(self, drawn: Sequence[Drawn], timed: Sequence[Timed]) -> list[MediaRow]:
@@ -131,7 +143,7 @@ class MediaRowMaker:
                 speedup_in_batch=plain_took.seconds_in_batch / took.seconds_in_batch,
             ),
             acceptance=stats.acceptance,
-            alphas=stats.alphas,
+            alphas=stats.alphas if isinstance(each.method, DraftedSteps) else [],
             machine=self.machine,
         )
 
@@ -148,6 +160,11 @@ class MediaRowMaker:
             plain_p_value=to_plain.p_value,
             temporal_consistency=(
                 temporal_consistency(samples, self.held_out) if is_video else None
+            ),
+            spectrum_distance=(
+                None
+                if self.spectrogram is None
+                else average_spectrum_distance(samples, self.held_out, self.spectrogram.decibels)
             ),
         )
 

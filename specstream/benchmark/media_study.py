@@ -30,7 +30,7 @@ from specstream.benchmark.rows import Machine, Row, describe_machine
 from specstream.benchmark.study import Asked, Study, check_names, say
 from specstream.benchmark.timing import Plan, alternate
 from specstream.data import MediaDataModule
-from specstream.data.media_sources import MediaSource
+from specstream.data.media_sources import MediaSource, Samples
 from specstream.generation.loading import find_device
 from specstream.generation.solvers import SolverPipeline
 from specstream.models.denoiser import FORM
@@ -50,7 +50,8 @@ class MediaTask:
         num_solved: drawn by each solver.
         batch_size: samples drawn together.
         guidance: weight of the class; 1 is none.
-        validation_fraction: share of the data that training held out.
+        validation_fraction: share of the data that training held out; 1: all of it, as of a file
+            that training does not read.
     """
 
     name: str
@@ -81,8 +82,11 @@ class MediaTask:
             raise ValueError(f"task '{self.name}': num_steps must be at least 2 each")
         if not self.etas or not 0 < min(self.etas) <= max(self.etas) <= 1:
             raise ValueError(f"task '{self.name}': etas must be above 0 and at most 1 each")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"task '{self.name}': validation_fraction must be between 0 and 1")
+        if not 0 < self.validation_fraction <= 1:
+            raise ValueError(
+                f"task '{self.name}': validation_fraction must be above 0 and at most 1, got "
+                f"{self.validation_fraction}"
+            )
         self.data.check()
 
     @property
@@ -94,15 +98,23 @@ class MediaTask:
             for num_steps in self.num_steps
         ]
 
-    def held_out(self, shape: tuple[int, ...]) -> Tensor:
-        """Return the samples (m, *S) that training has not seen; ValueError for other shapes."""
-        module = MediaDataModule(self.data, validation_fraction=self.validation_fraction)
-        if module.shape != shape:
+    def held_out(self) -> Samples:
+        """Return the samples that training has not seen."""
+        fraction = self.validation_fraction if self.validation_fraction < 1 else 0.0
+        module = MediaDataModule(self.data, validation_fraction=fraction)
+        chosen = torch.from_numpy(module.numbers(held_out=fraction > 0))
+        samples = module.samples
+        told = {name: value[chosen] for name, value in samples.condition.items()}
+        return Samples(samples.states[chosen], **told)
+
+    def check_shape(self, wanted: tuple[int, ...], held_out: Samples) -> None:
+        """Raise ValueError where the target's states are not the data's."""
+        found = tuple(held_out.states.shape[1:])
+        if found != wanted:
             raise ValueError(
-                f"task '{self.name}': the target's states are {list(shape)}, the data's "
-                f"{list(module.shape)}"
+                f"task '{self.name}': the target's states are {list(wanted)}, the data's "
+                f"{list(found)}"
             )
-        return module.samples.states[torch.from_numpy(module.numbers(held_out=True))]
 
 
 @dataclass(frozen=True)
@@ -190,14 +202,17 @@ class MediaStudy(Study):
         return [method for method in self.methods if self._is_asked(method, task)]
 
     def _methods(self, task: MediaTask) -> list[SamplingMethod]:
-        """Return who draws, the reference first."""
-        found = [method for method in self._asked(task) if method.missing() is None]
+        """Return who draws, the reference first, each before what it has to beat."""
+        asked = [method for method in self._asked(task) if method.missing() is None]
+        found = [each for method in asked for each in (method, *method.beside())]
         return sorted(found, key=lambda m: not (isinstance(m, PlainSteps) and m.is_reference))
 
     def run(self, arguments: Sequence[str]) -> Iterator[list[Row]]:
         for task in self._tasks:
-            models = MediaModels(task.target, self.device)
-            held_out = task.held_out(models.target.shape)
+            data = task.held_out()
+            models = MediaModels(task.target, self.device, data.text)
+            task.check_shape(models.target.shape, data)
+            held_out = data.states
             dtype = str(models.target.dtype).removeprefix("torch.")
             machine = describe_machine(models.place, dtype, arguments)
             for setting in task.settings if self._methods(task) else []:
@@ -221,18 +236,19 @@ class MediaStudy(Study):
         drawn = self.draw(task, models, setting)
         timed, complete = self.time(models, setting, drawn)
         plain = drawn[0].method.pipeline(models, setting)
-        classes = models.condition(models.classes(task.num_samples, self.seed))
+        classes = models.condition(models.prompts(task.num_samples, self.seed))
         other = plain.complete(task.num_samples, classes, seed=self.seed)  # from other noise
         maker = MediaRowMaker(
-            task.name, task.target, setting, held_out, other, self.num_permutations, machine
-        )
+            task.name, task.target, setting, held_out, other, self.num_permutations,
+            models.processor.spectrogram, machine,
+        )  # fmt: skip
         return list(maker.rows(drawn, timed)), complete
 
     def draw(self, task: MediaTask, models: MediaModels, setting: MediaSetting) -> list[Drawn]:
         """Draw samples with every method that can, each from the same noise."""
         say(f"{task.name}, {setting.label}: {task.num_samples} samples of each method")
         seed = self.seed + 1  # not that of the samples they are compared with
-        condition = models.condition(models.classes(task.num_samples, seed))
+        condition = models.condition(models.prompts(task.num_samples, seed))
         drawn: list[Drawn] = []
         for method in self._methods(task):
             known = self._known(setting, drawn)
@@ -249,14 +265,19 @@ class MediaStudy(Study):
         return drawn
 
     def _known(self, setting: MediaSetting, drawn: Sequence[Drawn]) -> MediaSetting:
-        return replace(setting, rounds={each.method.name: each.rounds for each in drawn})
+        """Return the setting with what the methods before took."""
+        return replace(
+            setting,
+            rounds={each.method.name: each.rounds for each in drawn},
+            shares={each.method.name: each.seconds / drawn[0].seconds for each in drawn},
+        )
 
     def time(
         self, models: MediaModels, setting: MediaSetting, drawn: Sequence[Drawn]
     ) -> tuple[list[Timed], bool]:
         """Time the methods in turns, on samples alone and on a batch."""
-        prompts = [[number] for number in models.classes(self.timed_samples, self.seed)]
-        batch = [[number] for number in models.classes(setting.batch_size, self.seed)]
+        prompts = [[number] for number in models.prompts(self.timed_samples, self.seed)]
+        batch = [[number] for number in models.prompts(setting.batch_size, self.seed)]
         single = [[number] for number in range(len(prompts))]
         place = models.place
         known = self._known(setting, drawn).alone()
@@ -280,7 +301,7 @@ class MediaStudy(Study):
             return
         count = task.num_solved
         setting = MediaSetting(self.solver_steps, 0.0, task.guidance, task.batch_size)
-        condition = models.condition(models.classes(count, self.seed))
+        condition = models.condition(models.prompts(count, self.seed))
         exact = SolverPipeline(
             models.target,
             self.reference_steps,

@@ -284,6 +284,7 @@ MEDIA = [
     Column("to plain samples", with_noise("plain_distance", "plain_noise")),
     Column("p", number("plain_p_value", ".3f")),
     Column("frame change", number("temporal_consistency", ".2f")),
+    Column("spectrum, dB", number("spectrum_distance", ".2f")),
     Column("guarantee", weaker_guarantee),
 ]
 SOLVERS = [

@@ -18,7 +18,11 @@ from specstream.metrics.media import (
     temporal_consistency,
 )
 from specstream.metrics.samples import DistinctN, JudgeNLL, Solved, TokenEntropy
-from specstream.metrics.sound import log_spectral_distance, spectral_distance
+from specstream.metrics.sound import (
+    average_spectrum_distance,
+    log_spectral_distance,
+    spectral_distance,
+)
 from specstream.metrics.text import ExactMatch, Rouge, TextQuality
 
 __all__ = [
@@ -35,6 +39,7 @@ __all__ = [
     "Speedup",
     "TextQuality",
     "TokenEntropy",
+    "average_spectrum_distance",
     "clip_score",
     "energy_distance",
     "energy_test",

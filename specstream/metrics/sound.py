@@ -1,6 +1,6 @@
-"""How far a sound is from a reference, by its spectrum; no weights, no models.
+"""How far a sound is from a reference, or sounds from data, by spectra; no weights, no models.
 
-Shapes: B sounds of T numbers each.
+Shapes: B sounds of T numbers each; n sounds, M mel bands, F frames.
 """
 
 from __future__ import annotations
@@ -47,6 +47,18 @@ def log_spectral_distance(sounds: Tensor, reference: Tensor, window: int = 512) 
     _check(sounds, reference, window)
     ratio = spectrum(sounds, window).log10() - spectrum(reference, window).log10()
     return float((20 * ratio).square().mean(1).sqrt().mean())
+
+
+def average_spectrum_distance(spectrograms: Tensor, data: Tensor, decibels: float) -> float:
+    """Return how far, in dB, two sets of sounds are from each other in their average spectra.
+
+    The root mean square over mel bands of the difference of the long-term average spectra (Byrne et
+    al. 1994), levels averaged over sounds and frames: a model that hums or hisses is found out
+    without a reference for each sound.  0 for equal ones; it sees no order in time.
+    spectrograms (B, 1, M, F) and data (n, 1, M, F) in -1..1, which is `decibels` wide.
+    """
+    gap = (spectrograms.mean((0, 1, 3)) - data.mean((0, 1, 3))) * decibels / 2  # (M,)
+    return float(gap.square().mean().sqrt())
 
 
 def _check(sounds: Tensor, reference: Tensor, longest: int) -> None:

@@ -1,0 +1,29 @@
+"""What drawing a sample took: calls of the target one after another, passes of a drafter."""
+
+from __future__ import annotations
+
+from specstream.drafters import StateDrafter
+from specstream.generation.denoising_sampler import DenoisingSampler
+from specstream.generation.refinement import RefinementPipeline
+
+
+def target_rounds(pipeline: DenoisingSampler) -> float:
+    """Return the calls of the target, one after another, of a sample of the last run."""
+    stats = pipeline.stats
+    if isinstance(pipeline, RefinementPipeline):  # a call sees one state of a sample, guided twice
+        return stats.target_rows / (1 if pipeline.guidance == 1 else 2) / stats.prompts
+    return stats.full_rounds / stats.prompts
+
+
+def draft_passes(pipeline: DenoisingSampler) -> float:
+    """Return the passes of a drafter's network, one after another, of a sample of the last run.
+
+    A pass is made for each drafted step, or for a whole window; free drafts need none.
+    """
+    if isinstance(pipeline, RefinementPipeline):
+        return float(pipeline.rough.grid.num_steps if pipeline.drafter is not None else 0)
+    stats, drafter = pipeline.stats, getattr(pipeline, "drafter", None)
+    if not isinstance(drafter, StateDrafter) or not list(drafter.parameters()):
+        return 0.0
+    rounds = stats.full_rounds - stats.plain_rounds
+    return (stats.draft_lengths if drafter.calls_a_step else rounds) / stats.prompts
