@@ -9,11 +9,11 @@ Reading order: `prompts` (what is decoded), `pair` (the models), `methods` (who 
 of drafters, with task metrics), `masked_prompts`, `masked_methods`, `masked_study`, `masked_rows`,
 `masked_scores` and `pareto` (the table of fillings: masked diffusion, quality against calls),
 `step_study` (a step of both its models),
-`media_methods`, `media_refinement`, `media_counts`, `media_curves`, `media_study`, `media_rows` and
-`media_records` (the tables of media: drafts that keep a law, refinements that keep none, solvers
-that miss a solution), `rows` (the results file), `tables`,
-`plots`, `masked_plots`, `media_plots` and `readme` (what is made of it), `command` (the command
-line).  `sweep` trains what `distillation` compares.
+`media_methods`, `media_unverified`, `media_counts`, `media_curves`, `media_study`, `media_rows` and
+`media_records` (the tables of media: drafts that keep a law, refinements and students that keep
+none, solvers that miss a solution), `rows` (the results file), `tables`, `plots`, `masked_plots`,
+`media_plots` and `readme` (what is made of it), `command` (the command line).  `sweep` trains what
+`distillation` compares.
 """
 
 from specstream.benchmark.distillation import DistillationStudy
@@ -43,8 +43,8 @@ from specstream.benchmark.media_methods import (
     SamplingMethod,
     TrainedDraft,
 )
-from specstream.benchmark.media_refinement import Refined
 from specstream.benchmark.media_study import MediaStudy, MediaTask
+from specstream.benchmark.media_unverified import Refined, Student
 from specstream.benchmark.methods import (
     Drafted,
     Method,
@@ -98,6 +98,7 @@ __all__ = [
     "Speculative",
     "SpeedStudy",
     "StepStudy",
+    "Student",
     "Study",
     "TrainedDraft",
     "Transformers",

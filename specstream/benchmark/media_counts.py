@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from specstream.drafters import StateDrafter
+from specstream.generation.consistency import ConsistencyPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.refinement import RefinementPipeline
 
@@ -10,6 +11,8 @@ from specstream.generation.refinement import RefinementPipeline
 def target_rounds(pipeline: DenoisingSampler) -> float:
     """Return the calls of the target, one after another, of a sample of the last run."""
     stats = pipeline.stats
+    if isinstance(pipeline, ConsistencyPipeline):
+        return 0.0  # a student does not ask it
     if isinstance(pipeline, RefinementPipeline):  # a call sees one state of a sample, guided twice
         return stats.target_rows / (1 if pipeline.guidance == 1 else 2) / stats.prompts
     return stats.full_rounds / stats.prompts
@@ -18,8 +21,11 @@ def target_rounds(pipeline: DenoisingSampler) -> float:
 def draft_passes(pipeline: DenoisingSampler) -> float:
     """Return the passes of a drafter's network, one after another, of a sample of the last run.
 
-    A pass is made for each drafted step, or for a whole window; free drafts need none.
+    A pass is made for each drafted step, or for a whole window; free drafts need none.  A student
+    that samples alone makes one a step.
     """
+    if isinstance(pipeline, ConsistencyPipeline):
+        return float(pipeline.grid.num_steps)
     if isinstance(pipeline, RefinementPipeline):
         return float(pipeline.rough.grid.num_steps if pipeline.drafter is not None else 0)
     stats, drafter = pipeline.stats, getattr(pipeline, "drafter", None)

@@ -39,7 +39,8 @@ class MediaSetting:
         eta: of the plain sampler.
         guidance: weight of the condition; 1 is none.
         batch_size: samples drawn together.
-        rounds: of a sample, by the names of the methods that were counted before.
+        rounds: of a sample, by the names of the methods that were counted before; of a student that
+            samples alone its own calls.
         shares: of the plain sampler's seconds, by the same names.
     """
 

@@ -16,6 +16,7 @@ KINDS = {
     "equal rounds": ("s", "#8172b2"),
     "equal seconds": ("s", "#ccb974"),
     "refined": ("P", "#dd8452"),
+    "student": ("*", "#937860"),
     "free draft": ("^", "#55a868"),
     "trained draft": ("D", "#c44e52"),
 }
@@ -42,7 +43,7 @@ def _panels(tables: Sequence[Table], draw: Callable[[Any, Sequence[JsonRow]], No
     for axis, table in zip(axes[:, 0], tables, strict=True):
         draw(axis, table.rows)
         axis.set_title(table.title, fontsize=9, loc="left")
-        axis.set_xlabel("rounds of a sample", fontsize=8)
+        axis.set_xlabel("rounds of a sample (of a student, its own calls)", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -57,8 +58,9 @@ def _draw_distances(axis: Any, rows: Sequence[JsonRow]) -> None:
         axis.plot(*places, color="#999999", linewidth=0.7, zorder=0)
     for row in rows:
         marker, colour = KINDS.get(row["kind"], OTHER)
+        calls = row["rounds"] or row["draft_passes"]  # a student's own
         axis.errorbar(
-            row["rounds"], row["data_distance"], yerr=row["data_noise"], fmt=marker, color=colour,
+            calls, row["data_distance"], yerr=row["data_noise"], fmt=marker, color=colour,
             markersize=5, linewidth=0.5, alpha=0.8, label=f"{row['method']} (eta {row['eta']:g})",
         )  # fmt: skip
     axis.axhline(0, color="black", linewidth=0.5)

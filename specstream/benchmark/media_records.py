@@ -15,8 +15,8 @@ class SamplingCosts:
 
     `rounds` are calls of the target one after another and `target_rows` the states that those
     evaluated.  `draft_calls` are rounds with a draft, and `draft_passes` the passes of a drafter's
-    network in them.  Seconds are medians over the repeats: of a sample that is drawn alone, and of
-    one in a batch.
+    network in them, or of a student that samples alone.  Seconds are medians over the repeats: of a
+    sample that is drawn alone, and of one in a batch.
     """
 
     rounds: float
@@ -54,7 +54,7 @@ class PlainRatio:
     """
 
     reference: str
-    round_ratio: float
+    round_ratio: float | None  # None: the target is not asked
     row_ratio: float
     speedup_alone: float
     speedup_alone_interval: tuple[float, float]

@@ -46,6 +46,18 @@ class Drawn:
     draft_passes: float
 
     @property
+    def calls(self) -> float:
+        """What plain steps are to be as many as: rounds, or where there are none a student's."""
+        return self.rounds or self.draft_passes
+
+    @property
+    def draft_calls(self) -> float:
+        """Rounds of a sample with a draft."""
+        stats = self.stats
+        is_drafted = isinstance(self.method, DraftedSteps)
+        return (stats.full_rounds - stats.plain_rounds) / stats.prompts if is_drafted else 0.0
+
+    @property
     def seconds(self) -> float:
         """Seconds of a sample, of those that were drawn to be judged."""
         return self.stats.seconds / self.stats.prompts
@@ -126,7 +138,7 @@ class MediaRowMaker:
             costs=SamplingCosts(
                 rounds=each.rounds,
                 target_rows=each.target_rows,
-                draft_calls=(stats.full_rounds - stats.plain_rounds) / stats.prompts,
+                draft_calls=each.draft_calls,
                 draft_passes=each.draft_passes,
                 seconds_alone=took.seconds_alone,
                 seconds_in_batch=took.seconds_in_batch,
@@ -134,7 +146,7 @@ class MediaRowMaker:
             samples=self.law(each.samples),
             comparison=PlainRatio(
                 reference=plain.method.name,
-                round_ratio=plain.rounds / each.rounds,
+                round_ratio=plain.rounds / each.rounds if each.rounds else None,
                 row_ratio=each.target_rows / plain.target_rows,
                 speedup_alone=plain_took.seconds_alone / took.seconds_alone,
                 speedup_alone_interval=ratio_interval(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specstream.benchmark import EqualSeconds, MediaTask, Refined
+from specstream.benchmark import EqualSeconds, MediaTask, Refined, Student
 from specstream.benchmark.media_counts import draft_passes, target_rounds
 from specstream.benchmark.media_methods import MediaModels, MediaSetting
 from specstream.benchmark.media_rows import MediaRowMaker
@@ -16,9 +16,12 @@ from specstream.benchmark.rows import describe_machine
 from specstream.data import MediaDataModule, Tones
 from specstream.data.media_sources import Samples
 from specstream.data.text_vectors import text_vector
+from specstream.drafters import IndependentDenoiser
+from specstream.drafters.state_loading import save_state_drafter
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.media_processor import MediaProcessor
 from specstream.models import Denoiser, FlowSchedule, PatchTransformer
+from specstream.models.consistency import ConsistencyModel
 from specstream.models.denoiser import load_denoiser
 from specstream.spectrogram import LogMel
 from tests.media_toys import (
@@ -29,10 +32,11 @@ from tests.media_toys import (
     Flickers,
     measure,
     method,
+    network,
     save_models,
     toy,
     write_study,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,28 @@ def test_a_refinement_is_never_shown_without_the_plain_target_at_its_cost(
     assert (tmp_path / "docs/results/toy-rounds.png").is_file()
 
 
+def test_a_student_stands_beside_the_plain_target_of_as_many_calls(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = load_denoiser(models / "target")
+    student = ConsistencyModel(network(), target.schedule, SHAPE, num_steps=STEPS)
+    save_state_drafter(tmp_path / "student", IndependentDenoiser(student), target)
+    two = method("Student", "two", run=str(tmp_path / "student"), num_steps=2)
+    config = write_study(tmp_path, toy(models), [PLAIN, two])
+    rows = measure(config, tmp_path / "docs/results/toy.json", capsys)
+    plain, own, same, _ = rows
+    assert [row["kind"] for row in rows] == ["plain", "student", "equal rounds", "equal seconds"]
+    assert own["rounds"] == own["target_rows"] == own["draft_calls"] == 0
+    assert own["round_ratio"] is None and own["draft_passes"] == own["num_steps"] == 2
+    assert own["guarantee"] == "heuristic" and own["eta"] == same["eta"] == 0
+    assert same["rounds"] == same["num_steps"] == 2 and plain["num_steps"] == STEPS
+    loaded = MediaModels(str(models / "target"), "cpu")
+    with pytest.raises(ValueError, match="has learned guidance 1, and the task's is 2"):
+        Student("s", str(tmp_path / "student")).pipeline(loaded, MediaSetting(STEPS, 1.0, 2.0))
+    with pytest.raises(ValueError, match="holds no student of few steps"):
+        Student("s", str(models / "small")).pipeline(loaded, MediaSetting(STEPS, 1.0))
+
+
 def test_equal_seconds_are_those_of_as_many_plain_steps() -> None:
     setting = MediaSetting(50, 1.0, rounds={"x": 9.0, "y": 1.0}, shares={"x": 0.3, "y": 0.001})
     assert [EqualSeconds("e", name).num_steps(setting) for name in ("x", "y")] == [15, 1]
@@ -109,7 +135,7 @@ def test_a_target_of_texts_is_asked_by_those_of_held_out_data(
     torch.nn.init.normal_(network.write.weight, std=0.3)
     Denoiser(network, FlowSchedule(), SHAPE).save(tmp_path / "target")
     MediaProcessor("video", text_size=4).save(tmp_path / "target")
-    data = {"class_path": "tests.test_benchmark_refinement.ToldFlickers"}
+    data = {"class_path": "tests.test_benchmark_unverified.ToldFlickers"}
     config = write_study(tmp_path, toy(tmp_path, data=data), [PLAIN])
     [row] = measure(config, tmp_path / "toy.json", capsys)
     held_out = MediaTask("toy", "", ToldFlickers(), validation_fraction=0.5).held_out()
