@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
 OVERLAYS = [path for path in CONFIGS if path.parts[2] == "overlays"]  # laid over a recipe
 TRAIN = [path for path in CONFIGS if path.parts[1] == "train" and path not in OVERLAYS]
+MEDIA = [path for path in OVERLAYS if Path(ROOT, "configs/train", path.name).is_file()]
+RESIDUAL = Path("configs/train/digits-residual.yaml")  # the recipe below those
 RECIPES = [path for path in TRAIN if path.name.endswith("-e2e-wikisql.yaml")]
 DRAFTERS = [path for path in RECIPES if not path.name.startswith("target-")]
 
@@ -100,7 +102,7 @@ def test_a_training_config_parses_as_train_py_parses_it(
     assert parse("--config", str(path))["run"]
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS, ids=str)
+@pytest.mark.parametrize("overlay", [path for path in OVERLAYS if path not in MEDIA], ids=str)
 @pytest.mark.parametrize("recipe", DRAFTERS, ids=str)
 def test_an_overlay_leaves_nothing_of_the_recipes_data(
     recipe: Path, overlay: Path, parse: Callable[..., dict[str, Any]]
@@ -125,12 +127,40 @@ def _given(source: dict[str, Any]) -> dict[str, Any]:
     return {key: source[key] for key in ("path", "prompt", "completion")}
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS, ids=str)
+@pytest.mark.parametrize("overlay", MEDIA, ids=str)
+def test_an_overlay_of_media_fits_its_target_and_leaves_nothing_of_the_digits(
+    overlay: Path, parse: Callable[..., dict[str, Any]]
+) -> None:
+    assert yaml.safe_load((ROOT / overlay).read_text())["run"] is None  # it is asked for, see below
+    words = ["--config", str(RESIDUAL), "--config", str(overlay), "--run", "checkpoints/own"]
+    config = parse(*words)
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    target, expected = _recipe(Path(f"configs/train/{overlay.stem}.yaml"))
+    assert model["target"] == f"checkpoints/{overlay.stem}/model"
+    assert _as_given(data["source"], expected["source"]) == expected["source"]
+    network, wanted = model["network"]["init_args"], target["network"]["init_args"]
+    assert network["in_channels"] == 2 * network["out_channels"] == 2 * wanted["out_channels"]
+    assert len(network["patch"]) == len(wanted["patch"]) and network["num_times"] == 2
+    for told in ("num_classes", "text_size"):
+        assert network[told] == wanted.get(told, 0)
+    assert model["decoding"]["window"] == model["window"]
+    assert not re.findall("digits", yaml.safe_dump(config["model"]))
+
+
+def _as_given(found: Any, given: Any) -> Any:
+    """Return what is found without what is not given, which are defaults."""
+    if not isinstance(given, dict):
+        return found
+    return {key: _as_given(found[key], value) for key, value in given.items()}
+
+
+@pytest.mark.parametrize("overlay", [path for path in OVERLAYS if path not in MEDIA[1:]], ids=str)
 def test_an_overlay_asks_for_a_run_of_its_own(
     overlay: Path, parse: Callable[..., dict[str, Any]]
 ) -> None:
+    recipe = RESIDUAL if overlay in MEDIA else DRAFTERS[0]
     with pytest.raises(ConfigError, match="config error: run: expected str, got 'None'"):
-        parse("--config", str(DRAFTERS[0]), "--config", str(overlay))
+        parse("--config", str(recipe), "--config", str(overlay))
 
 
 def _recipe(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
