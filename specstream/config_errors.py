@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 MARKED = re.compile(r"\x02(?P<path>[^\x02\x03]*)\x02(?P<reason>[^\x02\x03]*)\x03")
 KEY = re.compile(r'Parser key "([^"]+)"')
@@ -46,7 +46,7 @@ class OneLineErrors(ArgumentParser):
         parser as Python writes it, `--option=None`.
         """
         if args is not None and self.built_class is not None:
-            args = [re.sub("=None$", "=null", word) for word in args]
+            args = [re.sub(r"^(--[\w.]+)=None$", r"\1=null", word) for word in args]
         return super().parse_args(args, *others, **options)
 
     def format_help(self, *args: Any, **options: Any) -> str:
@@ -55,6 +55,17 @@ class OneLineErrors(ArgumentParser):
             if hasattr(action, "extra_help") and "torch.nn." in action.extra_help():
                 action.extra_help = str
         return super().format_help(*args, **options)
+
+    def validate(  # type: ignore[override]
+        self, namespace: Any, skip_unset: bool = True, skip_required: bool = False, **options: Any
+    ) -> None:
+        """Check values, a null among them that an option of a class within a class does not take.
+
+        jsonargparse takes each null for an option that was not given.
+        """
+        super().validate(namespace, skip_unset, skip_required, **options)
+        if self.built_class is not None:
+            super().validate(namespace, False, True, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         marked = MARKED.search(message)
@@ -167,6 +178,8 @@ def wrong_type(message: str) -> tuple[str, str] | None:
         return path, f"'{found[1].strip()}' is not the path of a class"
     if found := re.match(r"Namespace\(class_path='([^']+)'", shown):
         shown = found[1]
+    if shown.startswith("{'init_args'"):
+        return path, "has init_args and no class_path: give an overlay after what it is laid over"
     subtypes = re.search(r"Subtypes: \[(.*)\]", message)
     expected = (
         subtypes[1].split(", ")
@@ -174,12 +187,13 @@ def wrong_type(message: str) -> tuple[str, str] | None:
         else re.findall(r"Expected an? (<class '[^']+'>|[^.\n]+)", message)
     )
     names = [
-        re.sub(r"<class '(?:.*\.)?([^']+)'>", r"\1", name).replace("NoneType", "null")
+        re.sub(r"<(?:class|enum) '(?:.*\.)?([^']+)'>", r"\1", name).replace("NoneType", "null")
         for name in expected
     ]
     if not names:
         return None
-    return path, f"expected {' or '.join(dict.fromkeys(names))}, got '{shown[:80]}'"
+    got = "null" if shown == "None" else f"'{shown[:80]}'"
+    return path, f"expected {' or '.join(dict.fromkeys(names))}, got {got}"
 
 
 def constructor_refusal(message: str) -> tuple[str, str] | None:
@@ -202,7 +216,7 @@ def key_of(shown: str, config: Any, key: str = "") -> str:
     """Return the dotted key of the value that is shown as `shown`; empty where there is none."""
     if key and str(config) == shown:
         return key.replace(".init_args", "")
-    if not hasattr(config, "__dict__"):
+    if not isinstance(config, Namespace):
         return ""
     inner = (
         key_of(shown, value, f"{key}.{name}".strip(".")) for name, value in vars(config).items()

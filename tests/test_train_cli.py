@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from specstream.cli import quiet_known_noise, train
+from specstream.config_errors import OneLineErrors
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -144,6 +145,41 @@ def test_null_reaches_the_option_of_a_class_within_a_class(
     with pytest.raises(Parsed) as found:
         command.run_training([*words, f"--model.init_args.drafter.init_args.{key}", "null"])
     assert found.value.args[0][key] is None
+
+
+def test_a_null_that_an_option_does_not_take_is_refused(
+    config: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, "--config", config(option=", max_positions: null"))
+    assert line == "config error: model.drafter.model.max_positions: expected int, got null"
+    given = ["--config", config(), "--model.divergence.temperature", "null"]
+    assert fails(capsys, *given).startswith("config error: model.divergence.temperature: expected ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_that_ends_like_a_null_is_kept() -> None:
+    class Inner:
+        def __init__(self, text: str = "") -> None:
+            self.text = text
+
+    parser = OneLineErrors()
+    parser.add_class_arguments(Inner)
+    assert parser.parse_args(["--text=x=None"])["text"] == "x=None"
+
+
+def test_an_overlay_before_its_recipe_is_told_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, run = ROOT / "configs/train", tmp_path / "run"
+    overlay, recipe = folder / "overlays/dialogsum.yaml", folder / "eagle3-e2e-wikisql.yaml"
+    given = ["--config", str(overlay), "--config", str(recipe), "--run", str(run)]
+    assert fails(capsys, *given) == (
+        "config error: model: has init_args and no class_path: give an overlay after what it is "
+        "laid over"
+    )
+    assert not run.exists()
+    given = ["--config", str(recipe), "--config", str(overlay)]
+    assert fails(capsys, *given) == "config error: run: expected str, got null"
 
 
 def test_an_unknown_class_is_named(
