@@ -8,6 +8,7 @@ channels.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +33,12 @@ def read_picture(path: str, channels: int) -> Tensor:
     """Return a picture (C, H, W), grey where there is one channel."""
     from PIL import Image
 
-    with one_line(f"cannot read the picture '{path}'"), Image.open(path) as opened:
-        pixels = np.array(opened.convert("L" if channels == 1 else "RGB"))
+    with one_line(f"cannot read the picture '{path}'"), warnings.catch_warnings():
+        warnings.simplefilter(
+            "error", Image.DecompressionBombWarning
+        )  # larger than any model makes
+        with Image.open(path) as opened:
+            pixels = np.array(opened.convert("L" if channels == 1 else "RGB"))
     return to_numbers(torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).movedim(-1, 0))
 
 

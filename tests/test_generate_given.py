@@ -154,6 +154,17 @@ MISTAKES = [
     ("images", "--media.image i.png --media.mask bad.png", "cannot read the picture 'bad.png': "),
     ("images", "--media.image i.png --media.mask black.png", "so there is nothing to make"),
     ("images", "--media.image i.png --media.mask white.png", "nothing of 'i.png' would be kept"),
+    ("images", "--media.image i.png --media.mask vast.png", "cannot read the picture 'vast.png': "),
+    (
+        "images",
+        "--media.image i.png --media.mask m.png --output i.png --overwrite true",
+        "output: 'i.png' is the file of --media.image, which it would replace",
+    ),
+    (
+        "images",
+        "--media.image i.png --media.mask m.png --stats m.png --overwrite true",
+        "stats: 'm.png' is the file of --media.mask, which it would replace",
+    ),
     ("images", "--media.first_frame i.png", "media.first_frame: is for videos, and this model mak"),
     ("videos", "--media.image bad.png --media.mask m.png", "cannot read the video 'bad.png': "),
     ("videos", "--media.first_frame i.png", "and this model makes height 8 and width 8, or that 4"),
@@ -178,9 +189,12 @@ def test_files_that_cannot_be_used_are_one_line(
     for name, start in (("m.png", 3), ("black.png", 6), ("white.png", 0)):
         mask(Path(name), 4, 6, start)
     Path("bad.png").write_text("no picture")
+    mask(Path("vast.png"), 300, 400, 0)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     before = sorted(tmp_path.iterdir())
     output = "out.png" if run == "images" else "out.mp4"
-    given = ["--run", run, "--prompt", "", "--output", output, *flags.split()]
+    given = ["--run", run, "--prompt", "", *flags.split()]
+    given += [] if "--output" in given else ["--output", output]
     assert generate(given) == 2
     shown = capsys.readouterr().err.strip()
     assert line in shown and len(shown.splitlines()) == 1

@@ -126,6 +126,9 @@ def test_videos_and_sounds_are_written_as_files_that_open(
         ),
         (["--prompt", "a", "--compare", "true"], "this is the plain target already"),
         (["--prompt", "a", "--media.devices", "2"], "2 asked for, but cpu is one device"),
+        (["--prompt", "a", "--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--prompt", "", "--media.guidance", "3"], "guidance: is the weight of a prompt, and the"),
+        (["--prompt", "a", "--media.height", "9999999"], "must be above 0 and at most 1000000"),
         (["--prompt", "a", "--media.devices", "0"], "media.devices must be in 1..10000, got 0"),
         (["--prompt", "a", "--media.steps", "0"], "media.steps must be in 1..10000, got 0"),
         (["--media.draft_steps", "2", "--media.window", "3"], "media.window is for drafted steps"),
@@ -148,6 +151,26 @@ def test_wrong_options_are_one_line(
     shown = capsys.readouterr().err.strip()
     assert line in shown and len(shown.splitlines()) == 1
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_what_compare_writes_replaces_no_other_file(
+    draft_run: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["--run", str(draft_run), "--prompt", "a", "--output", "y.png", "--compare", "true"]
+    assert generate([*given, "--stats", "y-compare.png"]) == 2
+    assert "'y-compare.png' is also what --compare writes" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_samples_that_are_no_numbers_are_not_written(
+    image_run: Path, tmp_path: Path, capsys
+) -> None:
+    output = tmp_path / "y.png"
+    given = ["--run", str(image_run), "--prompt", "a", "--output", str(output)]
+    assert generate([*given, "--media.steps", "2", "--media.guidance", "1e39"]) == 2
+    assert "not finite; bring media.guidance nearer to 1" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_a_drafter_of_another_target_is_refused(draft_run: Path, image_run: Path, capsys) -> None:

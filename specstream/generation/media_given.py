@@ -170,7 +170,10 @@ def sound_mask(run: MediaRun, path: str) -> Tensor:
 
     Each column stands for as much of the time.
     """
-    columns = read_mask(path)[0, 0].any(0)
+    made = read_mask(path)
+    if made.shape[1] > 1:
+        refuse("mask", f"'{path}' is a video, and the mask of a sound is a picture")
+    columns = made[0, 0].any(0)
     *bands, length = run.media_shape[1:]
     if length % len(columns):
         refuse("mask", f"'{path}' has width {len(columns)}, which does not divide {length}")

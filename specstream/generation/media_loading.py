@@ -234,7 +234,8 @@ def media_sampler(
     """Return the pipeline that the options name; ValueError for options without effect."""
     target.eval().requires_grad_(False)
     usual = 1 if isinstance(target, PretrainedDenoiser) else MOST_AT_ONCE
-    refinement, size = options.refinement, options.batch_size or usual
+    refinement = options.refinement
+    size = usual if options.batch_size is None else options.batch_size
     if options.sampler == "consistency" and refinement is None:
         return few_step_sampler(target, drafter, options, size)
     if options.devices > 1:

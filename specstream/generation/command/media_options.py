@@ -97,7 +97,7 @@ class MediaOptions:
         for name in SIZES:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1_000_000:
-                raise ValueError(f"media.{name} must be positive, got {value}")
+                raise ValueError(f"media.{name} must be above 0 and at most 1000000, got {value}")
         if self.main_steps is not None and self.steps != MediaOptions.steps:
             raise ValueError("media.main_steps and media.steps are the same: give one of them")
         refines = self.refinement is not None

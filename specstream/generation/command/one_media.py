@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +44,8 @@ def generate_media(run: MediaRun, options: Options) -> int:
     """
     path = output_path(options, run.processor)
     media = options.media
+    if media.guidance != 1 and not options.prompt and run.told is None:
+        wrong("media.guidance", "is the weight of a prompt, and the prompt is empty")
     asked = asked_for(run, options.prompt or "", media.given, media.samples)
     refines = isinstance(run.pipeline, RefinementPipeline)
     if options.compare and is_plain(run.pipeline):
@@ -57,8 +59,7 @@ def generate_media(run: MediaRun, options: Options) -> int:
     except KeyboardInterrupt:
         say("interrupted; nothing was written")
         return INTERRUPTED
-    if not bool(first.isfinite().all()):
-        raise ValueError("the samples hold numbers that are not finite; try --dtype float32")
+    check_finite(first, run.pipeline)
     run.processor.write(run.media(first), path)
     stats = replace(run.pipeline.stats, modality=run.processor.kind)
     if run.told is not None:
@@ -96,7 +97,20 @@ def output_path(options: Options, processor: MediaProcessor) -> Path:
     beside = path.with_name(f"{path.stem}-compare{path.suffix}")
     if options.compare and beside.exists() and not options.overwrite:
         wrong("output", f"'{beside}' exists; give --overwrite true to replace it")
+    others = {f"media.{name}": file for name, file in asdict(options.media.given).items()}
+    for name, file in (others | {"stats": options.stats}).items():
+        if options.compare and file is not None and Path(file).resolve() == beside.resolve():
+            wrong(name, f"'{file}' is also what --compare writes beside --output")
     return path
+
+
+def check_finite(samples: Tensor, pipeline: DenoisingSampler) -> None:
+    """Raise ValueError for samples that are no numbers, with what may help."""
+    if bool(samples.isfinite().all()):
+        return
+    advice = "; bring media.guidance nearer to 1" if pipeline.guidance != 1 else ""
+    advice = "; try --dtype float32" if pipeline.target.dtype != torch.float32 else advice
+    raise ValueError(f"the samples hold numbers that are not finite{advice}")
 
 
 def show_progress(pipeline: DenoisingSampler, asked: Asked, options: Options) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -231,10 +231,11 @@ def _check_paths(options: Options) -> None:
             wrong(name, f"'{path}' is a folder, not a file")
         if path is not None and Path(path).exists() and not Path(path).is_file():
             wrong(name, f"'{path}' is a device or the like, not a file")
-    files = [(n, getattr(options, n)) for n in ("prompts", "output", "stats")]
-    given = [(name, path) for name, path in files if path is not None]
+    read = {f"media.{name}": path for name, path in asdict(options.media.given).items()}
+    files = read | {n: getattr(options, n) for n in ("prompts", "output", "stats")}
+    given = [(name, path) for name, path in files.items() if path is not None]
     for (name, path), (other, before) in itertools.combinations(reversed(given), 2):
-        if Path(path).resolve() == Path(before).resolve():
+        if name not in read and Path(path).resolve() == Path(before).resolve():
             wrong(name, f"'{path}' is the file of --{other}, which it would replace")
     for name in ("output", "stats"):
         path = getattr(options, name)
