@@ -72,6 +72,10 @@ class PatchTransformer(nn.Module):
         sizes = {"in_channels": in_channels, "out_channels": out_channels, "num_times": num_times}
         sizes |= {"hidden_size": hidden_size, "num_layers": num_layers, "num_heads": num_heads}
         check_sizes(sizes, patch)
+        told = {"num_classes": num_classes, "text_size": text_size, "feature_size": feature_size}
+        for name, size in told.items():
+            if not 0 <= size <= LARGEST:
+                raise ValueError(f"{name} must be in 0..{LARGEST}, got {size}")
         self.options = {
             "in_channels": in_channels,
             "out_channels": out_channels,

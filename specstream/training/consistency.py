@@ -31,7 +31,7 @@ from specstream.models.noise_schedule import Levels
 from specstream.models.patch_transformer import PatchTransformer
 from specstream.sampling import Role
 from specstream.training.base import Batch, LossSum, SummedLossModule
-from specstream.training.denoising import check_network, hidden_condition
+from specstream.training.denoising import check_network, hidden_condition, media_data
 from specstream.training.optimization import Schedule
 from specstream.training.sampling import HeldOutSampling
 from specstream.transitions import Prediction, transition
@@ -45,7 +45,7 @@ class ConsistencyModule(SummedLossModule):
         network: the student's; None: a copy of the target's, which begins with its weights.
         num_steps: N, of the deterministic sampler whose trajectories are learned.
         guidance: of these trajectories; other than 1 it costs the target twice the rows.
-        prediction: what the network predicts, flow_prediction or v_prediction; None: the target's.
+        prediction: what the network predicts, FLOW or VELOCITY; None: the target's.
         class_dropout: share of rows whose class or text is hidden, for samples without a prompt.
         huber: errors below it cost their square, larger ones themselves (Song and Dhariwal 2023).
         decoding: what validation samples, with the student as drafter; None: nothing.
@@ -73,8 +73,8 @@ class ConsistencyModule(SummedLossModule):
             raise ValueError(f"guidance must be a finite number, got {guidance}")
         if not 0 <= class_dropout <= 1:
             raise ValueError(f"class_dropout must be in [0, 1], got {class_dropout}")
-        if huber <= 0:
-            raise ValueError(f"huber must be above 0, got {huber}")
+        if not 0 < huber < math.inf:
+            raise ValueError(f"huber must be above 0 and finite, got {huber}")
         if decoding is not None and decoding.guidance != guidance:
             raise ValueError(
                 f"decoding samples with guidance {decoding.guidance}, but the student learns "
@@ -97,7 +97,7 @@ class ConsistencyModule(SummedLossModule):
         self.sample_steps, self.decoding = sample_steps, decoding
 
     def on_fit_start(self) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = media_data(self.trainer)
         shape = data.shape
         if self.decoding is not None:
             self.decoding.check(data.processor)

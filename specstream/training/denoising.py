@@ -9,9 +9,11 @@ Shapes: B rows, S the shape of a state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -87,7 +89,7 @@ class DenoisingModule(SummedLossModule):
         self.denoiser = Denoiser(network, noise_schedule or FlowSchedule(), (), prediction)
 
     def on_fit_start(self) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = media_data(self.trainer)
         shape = data.shape
         if self.decoding is not None:
             self.decoding.check(data.processor)
@@ -143,18 +145,33 @@ class DenoisingModule(SummedLossModule):
         return folder
 
 
+def media_data(trainer: L.Trainer) -> Any:
+    """Return the data of a training; ValueError for data that is no media."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not hasattr(type(data), "shape"):
+        raise ValueError(
+            "data: this trains with media, specstream.data.MediaDataModule, not with "
+            f"{type(data).__name__}"
+        )
+    return data
+
+
 def check_network(network: nn.Module, data: Any) -> None:
     """Raise ValueError where a diffusion model's network does not fit the data."""
     processor, colours = data.processor, data.shape[0]
     channels = {"in_channels": colours, "out_channels": colours, "num_times": 1, "feature_size": 0}
-    axes = len(data.shape) - 1
-    check_sizes(network, channels, axes, len(processor.classes), processor.text_size)
+    for shape in data.shapes:
+        check_sizes(network, channels, shape[1:], len(processor.classes), processor.text_size)
 
 
 def check_sizes(
-    network: nn.Module, channels: dict[str, int], axes: int, num_classes: int, text_size: int
+    network: nn.Module,
+    channels: dict[str, int],
+    grid: Sequence[int],
+    num_classes: int,
+    text_size: int,
 ) -> None:
-    """Raise ValueError where a network's options are others than it must have here."""
+    """Raise ValueError where a network's options are others than it must have for a grid (*A)."""
     if not isinstance(network, PatchTransformer):
         return
     wanted = channels | {"num_classes": num_classes, "text_size": text_size}
@@ -164,5 +181,11 @@ def check_sizes(
             raise ValueError(f"model.network: {name} is {found}, but here it must be {value}")
     if num_classes and not network.options["num_classes"]:
         raise ValueError(f"model.network: num_classes is 0, but the data has {num_classes}")
-    if len(network.patch) != axes:
-        raise ValueError(f"model.network: patch has {len(network.patch)} sizes for {axes} axes")
+    if len(network.patch) != len(grid):
+        raise ValueError(
+            f"model.network: patch has {len(network.patch)} sizes for {len(grid)} axes"
+        )
+    if any(side % size for side, size in zip(grid, network.patch, strict=True)):
+        raise ValueError(
+            f"model.network: patches of {list(network.patch)} do not cut a grid of {list(grid)}"
+        )

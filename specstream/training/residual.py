@@ -34,7 +34,7 @@ from specstream.sampling import Noise, Role
 from specstream.structures import StateContext
 from specstream.training.base import Batch, LossSum, SummedLossModule
 from specstream.training.captions import EncodedCaptions, check_whole, encode_captions
-from specstream.training.denoising import check_sizes, condition_of
+from specstream.training.denoising import check_sizes, condition_of, media_data
 from specstream.training.optimization import Schedule
 from specstream.training.sampling import HeldOutSampling
 from specstream.training.step_losses import RejectionProbability, StepLoss
@@ -91,8 +91,10 @@ class ResidualModule(SummedLossModule):
             raise ValueError(f"num_steps must be at least 3 for steps to draft, got {num_steps}")
         if not 1 <= window < num_steps:
             raise ValueError(f"window must be in 1..{num_steps - 1}, got {window}")
-        if windows_per_row < 1:
-            raise ValueError(f"windows_per_row must be at least 1, got {windows_per_row}")
+        if not 1 <= windows_per_row <= window * num_steps:  # more would repeat themselves
+            raise ValueError(
+                f"windows_per_row must be in 1..{window * num_steps}, got {windows_per_row}"
+            )
         self.target = find_denoiser(target).eval().requires_grad_(False)
         if isinstance(self.target, PretrainedDenoiser):
             check_whole(self.target)
@@ -128,7 +130,7 @@ class ResidualModule(SummedLossModule):
         if pretrained:
             self._read_captions(data.prompts)
             return
-        shape = data.shape
+        shape = media_data(self.trainer).shape
         if self.decoding is not None:
             self.decoding.check(data.processor)
         if self.target.shape != shape:
@@ -150,10 +152,10 @@ class ResidualModule(SummedLossModule):
         """Raise ValueError for a network that does not fit, or a guidance without prompts."""
         if self.guidance != 1 and not (num_classes or text_size):
             raise ValueError("guidance is the weight of a prompt, and this target takes none")
-        colours, axes = self.target.shape[0], len(self.target.shape) - 1
+        colours, *grid = self.target.shape
         at_once = self.window if isinstance(self.drafter, WindowDenoiser) else 1
         channels = {"in_channels": 2 * colours, "out_channels": at_once * colours, "num_times": 2}
-        check_sizes(self.drafter.network, channels, axes, num_classes, text_size)
+        check_sizes(self.drafter.network, channels, grid, num_classes, text_size)
 
     def _condition(self, batch: Batch) -> dict[str, Tensor]:
         return condition_of(batch) if self.captions is None else self.captions.of(batch["prompts"])

@@ -7,6 +7,7 @@ and val/drafts_stand (accepted over tested drafted steps).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.lengths import FixedLength
 from specstream.media_processor import MediaProcessor
 from specstream.models.denoiser import Denoiser
+from specstream.models.noise_schedule import check_steps
 from specstream.models.pretrained_denoiser import PretrainedDenoiser
 
 FOLDER = "samples"
+MOST_SAMPLES = 10_000  # on one sheet: more is a slip of the pen
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,13 @@ class HeldOutSampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
-        if self.num_steps < 1 or not 0 <= self.eta <= 1:
-            raise ValueError(
-                f"num_steps must be at least 1 and eta in [0, 1], got {self.num_steps}, {self.eta}"
-            )
+        if not 1 <= self.num_samples <= MOST_SAMPLES:
+            raise ValueError(f"num_samples must be in 1..{MOST_SAMPLES}, got {self.num_samples}")
+        check_steps(self.num_steps)
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be in [0, 1], got {self.eta}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
         FixedLength(self.window)  # what it refuses is refused here
 
     def check(self, processor: MediaProcessor) -> None:

@@ -189,3 +189,30 @@ def test_weights_that_are_not_finite_are_not_exported(
 def test_a_process_that_lost_its_peer_has_no_mistake_of_its_own() -> None:
     assert lost_peer(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:22250."))
     assert not lost_peer(RuntimeError("out of memory"))
+
+
+NETWORK = (
+    '{"class_path": "specstream.models.PatchTransformer", "init_args": {"in_channels": 1, '
+    '"out_channels": 1, "patch": [3, 3], "hidden_size": 8, "num_classes": 10%s}}'
+)
+MEDIA_MISTAKES = [
+    (("model.network", NETWORK % ""), "model.network: patches of [3, 3] do not cut a grid of [8,"),
+    (("model.network", NETWORK % ', "text_size": -1'), "text_size must be in 0..100000, got -1"),
+    (("data", "specstream.data.CaptionDataModule"), "trains with media, specstream.data.MediaData"),
+    (("model.decoding.num_samples", "1000000000000"), "num_samples must be in 1..10000, got 1000"),
+    (("model.decoding.num_steps", "1000000000000"), "must be in 1..100000, got 1000000000000"),
+    (("model.decoding.guidance", ".nan"), "guidance must be a finite number, got nan"),
+]
+
+
+@pytest.mark.parametrize(("option", "what"), MEDIA_MISTAKES)
+def test_media_and_models_that_do_not_fit_leave_no_run(
+    option: tuple[str, str], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, (name, value) = tmp_path / "run", option
+    given = ["--config", "configs/train/digits.yaml", "--run", str(run), "--trainer.max_steps", "1"]
+    given += ["--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1"]
+    given += [f"--{name}", value]
+    given += ["--data.prompts", "[a]"] if name == "data" else []
+    assert what in line_of(capsys, *given)
+    assert not run.exists()

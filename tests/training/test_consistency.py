@@ -219,6 +219,8 @@ def test_guidance_is_learned_once_and_not_applied_again(target: str) -> None:
         ({"network": awake(), "prediction": Prediction.NOISE}, "not epsilon"),
         ({"guidance": 2.0, "decoding": HeldOutSampling()}, "with guidance 1.0, but the student"),
         ({"huber": 0.0}, "huber must be above 0"),
+        ({"huber": float("nan")}, "huber must be above 0 and finite, got nan"),
+        ({"huber": float("inf")}, "huber must be above 0 and finite, got inf"),
         ({"class_dropout": 2.0}, r"class_dropout must be in \[0, 1\]"),
         ({"guidance": float("nan")}, "guidance must be a finite number"),
     ],

@@ -272,3 +272,8 @@ def test_prediction_of_noise_and_of_flow_learn_the_same_thing() -> None:
             back = data_estimate(output, states, alphas, sigma, prediction)
             assert torch.allclose(back, x0, atol=1e-5)
             assert F.mse_loss(back, x0) < 1e-9
+
+
+def test_more_windows_of_a_trajectory_than_it_has_are_refused(target: str) -> None:
+    with pytest.raises(ValueError, match=r"windows_per_row must be in 1\.\.48, got 49"):
+        ResidualModule(network(2, 2), target, num_steps=12, window=4, windows_per_row=49)
