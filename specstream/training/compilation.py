@@ -14,6 +14,8 @@ import lightning as L
 import torch
 from torch import nn
 
+from specstream.files import one_line
+
 
 class CompileLayers(L.Callback):
     """Compiles the layers of every network of the module, for training steps only.
@@ -32,6 +34,9 @@ class CompileLayers(L.Callback):
         self.backend = backend
         self.uncompiled = ExitStack()  # open during validation
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        try_backend(self.backend, trainer.strategy.root_device)  # before the run folder is opened
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for layer in repeated_layers(pl_module):
             layer.compile(backend=self.backend)
@@ -46,6 +51,13 @@ class CompileLayers(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: Any
     ) -> None:
         self.uncompiled.close()
+
+
+def try_backend(backend: str, device: torch.device) -> None:
+    """Raise ValueError where a backend lacks what it needs: a compiler, or a package."""
+    with one_line(f"CompileLayers: backend {backend} does not work here"):
+        compiled = torch.compile(lambda numbers: numbers.square().sum(), backend=backend)
+        compiled(torch.ones(2, device=device, requires_grad=True)).backward()
 
 
 def repeated_layers(module: nn.Module) -> list[nn.Module]:

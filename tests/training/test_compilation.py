@@ -80,3 +80,9 @@ def test_the_layers_of_every_network_are_found_once() -> None:
 def test_a_backend_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match=r"backend must be one of .*'inducter'"):
         CompileLayers("inducter")
+
+
+def test_a_backend_that_does_not_work_here_is_refused_before_training() -> None:
+    trainer, module = L.Trainer(accelerator="cpu", logger=False), L.LightningModule()
+    with pytest.raises(ValueError, match="backend tvm does not work here: backend='tvm' raised"):
+        CompileLayers("tvm").on_fit_start(trainer, module)  # known to torch, and not installed
