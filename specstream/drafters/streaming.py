@@ -46,7 +46,7 @@ from specstream.models.pretrained_lm import PretrainedLM
 from specstream.models.walk import Rider
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise, Sampling
-from specstream.structures import Context, Law, Observation, TokenDraft
+from specstream.structures import MAX_DRAFT, Context, Law, Observation, TokenDraft
 
 WEIGHTS = "streams.safetensors"
 PRUNING_RANK = 8  # of the early exit, as in the paper
@@ -115,10 +115,10 @@ class SpeculativeStreaming(Drafter):
             raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
         if rank < 1 or not 0 < alpha < math.inf:
             raise ValueError(f"rank {rank} must be at least 1 and alpha {alpha} be positive")
-        if num_streams < 1 or not 1 <= self.num_layers <= top:
+        if not 1 <= num_streams <= MAX_DRAFT or not 1 <= self.num_layers <= top:
             raise ValueError(
-                f"num_streams {num_streams} must be positive and stream_layers {self.num_layers} "
-                f"lie in 1..{top}, the target's layers"
+                f"num_streams {num_streams} must lie in 1..{MAX_DRAFT} and stream_layers "
+                f"{self.num_layers} in 1..{top}, the target's layers"
             )
         if branching is not None and paths is not None:
             raise ValueError("give branching or paths, not both")

@@ -276,6 +276,8 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             streams(target, **options)
+    with pytest.raises(ValueError, match=r"num_streams 1000000000000 must lie in 1\.\.64"):
+        SpeculativeStreaming(target, 10**12)
     with pytest.raises(ValueError, match="model type 'opt' does not come apart"):
         SpeculativeStreaming(opt, 2)
     with pytest.raises(ValueError, match="max_tokens 4 is more than the 3"):
