@@ -285,6 +285,10 @@ def test_mistakes_are_found_before_anything_is_loaded(models: Path) -> None:
     assert "no method 'far'; there are near" in refusal(near, only_methods=["far"])
     assert "no task 'x'; there are toy" in refusal(near, only_tasks=["x"])
     assert "no method is left" in refusal(Drafted("gone", "no/such/run"), skip_missing=True)
+    questions = QuestionFile(str(models / "questions.jsonl"), "{ask}", ["{say}"])
+    with pytest.raises(ValueError, match="max_prompt_tokens must be at least 1, not 0"):
+        JudgedTask("toy", str(models / "target"), questions, Rouge(), max_prompt_tokens=0).check()
+    assert "max_new_tokens must be at least 1, not 0" in refusal(near, max_new_tokens=0)
     with pytest.raises(ValueError, match="'both' needs a run or a drafter, and not both"):
         Drafted("both", str(models / "run"), lambda _: PromptLookup())
 

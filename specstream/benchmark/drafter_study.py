@@ -54,6 +54,11 @@ class JudgedTask:
         """Raise ValueError for what can be seen to be wrong before anything is loaded."""
         if not is_model(self.target):
             raise ValueError(f"task '{self.name}': there is no folder '{self.target}'")
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+            raise ValueError(
+                f"task '{self.name}': max_prompt_tokens must be at least 1, not "
+                f"{self.max_prompt_tokens}"
+            )
         self.questions.check()
 
     def read(self) -> list[Question]:
@@ -129,6 +134,7 @@ class DrafterStudy(Study):
         if self.quality_prompts is not None and self.quality_prompts < 1:
             raise ValueError(f"quality_prompts must be at least 1, not {self.quality_prompts}")
         check_names(self.tasks, self.methods, self.only_tasks, self.only_methods)
+        _ = self.limits  # what it refuses is refused here
         for task in self._tasks:
             task.check()
             for method in self._asked(task):

@@ -12,6 +12,8 @@ from specstream.data import TextSource
 from specstream.data.planning import PuzzleSource, planning_prompts, problem_key
 from specstream.processors import TextProcessor
 
+MOST_SAMPLES = 100_000  # that share one prompt: more is a slip of the pen
+
 
 @dataclass(frozen=True, slots=True)
 class CanvasQuestion:
@@ -154,6 +156,8 @@ class NoPrompt(CanvasPrompts):
         """Nothing can be missing."""
 
     def read(self, count: int, target: str, processor: TextProcessor) -> list[CanvasQuestion]:
+        if count > MOST_SAMPLES:
+            raise ValueError(f"num_prompts must be at most {MOST_SAMPLES}, not {count}")
         start = processor.encode("")
         if not start:
             raise ValueError(f"the tokenizer of '{target}' starts a text with no token")

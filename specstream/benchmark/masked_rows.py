@@ -118,6 +118,11 @@ class MaskedRowMaker:
         decides = None if found is None else Scores(found[:, 0], np.ones(len(texts)))
         if self.judge is not None:
             said = [self.judge(*pair) for pair in zip(prompts, texts, strict=True)]
+            if not any(len(each) for each in said):
+                raise ValueError(
+                    f"task '{self.task}': a method left every text empty, so that the judge has "
+                    "nothing to read; ask for more prompts or longer texts"
+                )
             surprise = JudgeNLL(told_again(said))
             surprise.update(prompts, texts)
             judged = {name: float(value) for name, value in surprise.compute().items()}
