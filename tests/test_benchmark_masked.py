@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -25,13 +24,8 @@ from specstream.benchmark import (
 )
 from specstream.benchmark.command import main
 from specstream.benchmark.masked_judge import CausalJudge
-from specstream.benchmark.masked_methods import Filling
-from specstream.benchmark.masked_prompts import CanvasQuestion
-from specstream.benchmark.masked_rows import MaskedRowMaker
 from specstream.benchmark.pareto import Point, fewest_steps, front, lies_above
 from specstream.benchmark.readme import render
-from specstream.benchmark.rows import describe_machine
-from specstream.benchmark.timing import Measured
 from specstream.data import Countdown, Sudoku, TextDataModule
 from specstream.data.planning import COUNTDOWN_PROMPT, solved
 from specstream.data.tokenizer import load_tokenizer, train_character_tokenizer
@@ -50,7 +44,6 @@ from specstream.models import (
 from specstream.models.fingerprint import fingerprint
 from specstream.models.self_speculative import relative_cost
 from specstream.processors import TextProcessor
-from specstream.sampling import Sampling
 from specstream.unmasking import StaticSchedule
 from tests.toys import nearby
 
@@ -252,16 +245,6 @@ def test_free_text_is_judged_by_a_causal_model(
         bits = row["judge_nll"] / math.log(2)
         assert row["judge_bits_per_character"] == pytest.approx(bits, rel=1e-4)
     assert "judge NLL" in shown.out
-
-
-def test_a_judge_that_was_given_nothing_to_read_says_so(models: Path) -> None:
-    maker = MaskedRowMaker(
-        "toy", "", TextProcessor.from_pretrained(str(models / "judge")),
-        [CanvasQuestion([], "")], None, CausalJudge(str(models / "judge"), "cpu"),
-        Filling(Sampling(), Limits(MASKS)), describe_machine("cpu", "float32", []),
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="task 'toy': a method left every text empty"):
-        maker.samples(Measured(None, np.zeros((1, 1)), [[]]))  # type: ignore[arg-type]
 
 
 def test_a_judge_reads_long_texts_in_overlapping_windows(models: Path) -> None:

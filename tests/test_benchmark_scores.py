@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from specstream.benchmark.masked_judge import CausalJudge
 from specstream.benchmark.masked_methods import DrafterAlone, Filling, MaskedModels
+from specstream.benchmark.masked_prompts import CanvasQuestion
+from specstream.benchmark.masked_rows import MaskedRowMaker
 from specstream.benchmark.masked_scores import Judged, matched
 from specstream.benchmark.paired_scores import Scores, difference
 from specstream.benchmark.pareto import Point, lies_above, on_curve
-from specstream.benchmark.rows import MatchedQuality, read_rows
+from specstream.benchmark.rows import MatchedQuality, describe_machine, read_rows
 from specstream.benchmark.tables import above_plain, make_tables, markdown
+from specstream.benchmark.timing import Measured
 from specstream.drafters import MaskedDraftModel
 from specstream.drafters.loading import save_drafter
 from specstream.generation import DualDiffusionPipeline, FixedLength, Limits
@@ -177,3 +181,13 @@ def test_a_drafter_alone_is_asked_for_what_it_is_not_sure_of(models: Path, tmp_p
     alone = DrafterAlone("alone", str(tmp_path)).pipeline(shown, filling)
     assert len(alone.complete(["12="], seed=0)) == 1
     assert alone.stats.target_calls == 0
+
+
+def test_a_judge_that_was_given_nothing_to_read_says_so(models: Path) -> None:
+    maker = MaskedRowMaker(
+        "toy", "", TextProcessor.from_pretrained(str(models / "judge")),
+        [CanvasQuestion([], "")], None, CausalJudge(str(models / "judge"), "cpu"),
+        Filling(Sampling(), Limits(MASKS)), describe_machine("cpu", "float32", []),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="task 'toy': a method left every text empty"):
+        maker.samples(Measured(None, np.zeros((1, 1)), [[]]))  # type: ignore[arg-type]

@@ -159,7 +159,7 @@ def test_an_overlay_asks_for_a_run_of_its_own(
     overlay: Path, parse: Callable[..., dict[str, Any]]
 ) -> None:
     recipe = RESIDUAL if overlay in MEDIA else DRAFTERS[0]
-    with pytest.raises(ConfigError, match="config error: run: expected str, got 'None'"):
+    with pytest.raises(ConfigError, match="config error: run: expected str, got null"):
         parse("--config", str(recipe), "--config", str(overlay))
 
 

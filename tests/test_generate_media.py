@@ -200,6 +200,29 @@ def test_damaged_files_are_named(
     assert line in shown and len(shown.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"guidance": float("nan")}, "guidance must be a finite number, got nan"),
+        (
+            {"class_path": "specstream.drafters.WindowDenoiser", "num_steps": 8},
+            "its network has 1 out_channels, and must have 8",
+        ),
+    ],
+)
+def test_a_damaged_drafter_is_one_line(
+    change: dict[str, object], line: str, draft_run: Path, tmp_path: Path, capsys
+) -> None:
+    record = draft_run / "draft/specstream.json"
+    said = json.loads(record.read_text())
+    said["drafter"] |= change
+    record.write_text(json.dumps(said))
+    given = ["--run", str(draft_run), "--prompt", "a", "--output", str(tmp_path / "y.png")]
+    assert generate(given) == 2
+    shown = capsys.readouterr().err.strip()
+    assert line in shown and len(shown.splitlines()) == 1
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def half_a_file(self: Image.Image, path: Path) -> None:
         Path(path).write_bytes(b"half")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,17 @@ def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) ->
         network = PatchTransformer(**record["drafter"]["network"])
         network.load_state_dict(load_file(folder / WEIGHTS))
         trained = float(record["drafter"].get("guidance", 1.0))
+        if not math.isfinite(trained):
+            raise ValueError(f"guidance must be a finite number, got {trained}")
+        at_once = 1
         if kind == ResidualDenoiser.__name__:
             drafter = ResidualDenoiser(network, trained)
         else:
-            drafter = WindowDenoiser(network, int(record["drafter"]["num_steps"]), trained)
+            at_once = int(record["drafter"]["num_steps"])
+            drafter = WindowDenoiser(network, at_once, trained)
+        said, wanted = network.options["out_channels"], at_once * target.shape[0]
+        if said != wanted:
+            raise ValueError(f"its network has {said} out_channels, and must have {wanted}")
     found, expected = fingerprint(target.network), record["target"].get("fingerprint")
     if expected is not None and found != expected:
         raise ValueError(

@@ -12,6 +12,7 @@ Shapes: R rows, S the shape of a state, N levels of the trajectory it was distil
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from specstream.files import one_line, read_table
 from specstream.models.denoiser import Denoiser, Evaluation, load_denoiser
-from specstream.models.noise_schedule import NoiseSchedule
+from specstream.models.noise_schedule import NoiseSchedule, check_steps
 from specstream.transitions import Prediction, StepGrid
 
 STUDENT = "student.json"
@@ -30,7 +31,8 @@ BOUNDED = (Prediction.FLOW, Prediction.VELOCITY)  # return the state itself at s
 class ConsistencyModel(Denoiser):
     """A denoiser whose estimate of the data is where the deterministic sampler would end.
 
-    Raises ValueError for a prediction that does not return the state where nothing is noise.
+    Raises ValueError for a prediction that does not return the state where nothing is noise, and
+    for numbers that are none of a sampler's.
 
     Args:
         network, schedule, shape, prediction: as for `Denoiser`.
@@ -52,6 +54,9 @@ class ConsistencyModel(Denoiser):
                 f"a student predicts {' or '.join(kind.value for kind in BOUNDED)}, which return "
                 f"the state itself where nothing is noise, not {prediction.value}"
             )
+        check_steps(num_steps)
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be a finite number, got {guidance}")
         super().__init__(network, schedule, shape, prediction)
         self.num_steps = num_steps
         self.guidance = guidance
