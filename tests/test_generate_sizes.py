@@ -111,8 +111,8 @@ def test_a_target_of_diffusers_takes_its_size_from_the_command_line(
     [
         ("--media.num_frames 7", "this model makes 4 k + 1 frames, not 7; 5 or 9 would do"),
         ("--media.height 10", "height 10 is not a multiple of 4, as this model wants; 8 or 12"),
-        ("--media.height -8", "media.height must be positive, got -8"),
-        ("--media.frame_rate 0", "media.frame_rate must be positive, got 0"),
+        ("--media.height -8", "media.height must be above 0 and at most 1000000, got -8"),
+        ("--media.frame_rate 0", "media.frame_rate must be above 0 and at most 1000000, got 0"),
         ("--media.seconds 2", "seconds are for sounds; a video's length is its num_frames"),
     ],
 )

@@ -148,7 +148,7 @@ class DenoisingModule(SummedLossModule):
 def media_data(trainer: L.Trainer) -> Any:
     """Return the data of a training; ValueError for data that is no media."""
     data = trainer.datamodule  # type: ignore[attr-defined]
-    if not hasattr(type(data), "shape"):
+    if not hasattr(data, "shapes"):
         raise ValueError(
             "data: this trains with media, specstream.data.MediaDataModule, not with "
             f"{type(data).__name__}"
