@@ -1,7 +1,7 @@
 """Low-rank adapters through peft: on a model's own layers, or on copies that share its weights.
 
 Copies whose adapters serve some of the states only are decoded with the adapters folded into a
-second weight (`split_copies`): two products for each projection, where the adapters take four.
+second weight (`split_copies`): two products for each projection, where the adapters take three.
 
 A model that was tuned by an adapter can be kept as the adapter alone, in a folder in peft's format
 that names its base: a fraction of the model's size.
