@@ -59,6 +59,37 @@ FLUX = {
     "pooled_projection_dim": 6,
     "axes_dims_rope": (2, 2, 4),
 }
+CONDITIONED_UNET = UNET | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 12,
+    "attention_head_dim": 4,
+}
+FILLS = {"in_channels": 9, "out_channels": 4}
+TOLD_SIZE = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 6,
+}
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 12,
+    "freq_dim": 16,
+    "ffn_dim": 16,
+    "num_layers": 1,
+    "rope_max_seq_len": 16,
+}
+CODEC = {
+    "block_out_channels": (4, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "scaling_factor": 0.5,
+}
 OPTIONS: dict[str, dict[str, object]] = {
     "UNet2DModel": UNET
     | {
@@ -68,13 +99,9 @@ OPTIONS: dict[str, dict[str, object]] = {
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
         "attention_head_dim": 4,
     },
-    "UNet2DConditionModel": UNET
-    | {
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "cross_attention_dim": 12,
-        "attention_head_dim": 4,
-    },
+    "UNet2DConditionModel": CONDITIONED_UNET,
+    "UNet2DConditionModel:fills": CONDITIONED_UNET | FILLS,
+    "UNet2DConditionModel:fills-xl": CONDITIONED_UNET | FILLS | TOLD_SIZE,
     "DiTTransformer2DModel": {
         "num_attention_heads": 2,
         "attention_head_dim": 8,
@@ -87,6 +114,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     },
     "FluxTransformer2DModel": FLUX,
     "FluxTransformer2DModel:distilled": FLUX | {"guidance_embeds": True},
+    "FluxTransformer2DModel:fills": FLUX
+    | {"guidance_embeds": True, "in_channels": 48, "out_channels": 16},
     "LTXVideoTransformer3DModel": {
         "in_channels": 8,
         "out_channels": 8,
@@ -96,23 +125,19 @@ OPTIONS: dict[str, dict[str, object]] = {
         "num_layers": 1,
         "caption_channels": 12,
     },
-    "WanTransformer3DModel": {
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": 4,
-        "out_channels": 4,
-        "text_dim": 12,
-        "freq_dim": 16,
-        "ffn_dim": 16,
-        "num_layers": 1,
-        "rope_max_seq_len": 16,
-    },
+    "WanTransformer3DModel": WAN,
+    "WanTransformer3DModel:continues": WAN | {"in_channels": 12},
+    "WanTransformer3DModel:reads": WAN
+    | {"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 24},
     "CogVideoXTransformer3DModel": COGVIDEOX,
     "CogVideoXTransformer3DModel:rotary": COGVIDEOX | {"use_rotary_positional_embeddings": True},
     "CogVideoXTransformer3DModel:1.5": COGVIDEOX
     | {"use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False},
     "CogVideoXTransformer3DModel:continues": COGVIDEOX
     | {"use_rotary_positional_embeddings": True, "in_channels": 8},
+    "CogVideoXTransformer3DModel:1.5-continues": COGVIDEOX
+    | {"use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False}
+    | {"in_channels": 8, "ofs_embed_dim": 8},
     "StableAudioDiTModel": {
         "sample_size": 8,
         "in_channels": 4,
@@ -126,15 +151,8 @@ OPTIONS: dict[str, dict[str, object]] = {
         "global_states_input_dim": 24,
         "cross_attention_input_dim": 12,
     },
-    "AutoencoderKL": {
-        "block_out_channels": (4, 8),
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "norm_num_groups": 4,
-        "latent_channels": 4,
-        "scaling_factor": 0.5,
-        "shift_factor": 0.1,
-    },
+    "AutoencoderKL": CODEC | {"shift_factor": 0.1},
+    "AutoencoderKL:unmoved": CODEC,
     "AutoencoderTiny": {
         "encoder_block_out_channels": (8, 8),
         "decoder_block_out_channels": (8, 8),
@@ -173,6 +191,29 @@ OPTIONS: dict[str, dict[str, object]] = {
         "sampling_rate": 64,
     },
 }
+
+
+def other(name: str) -> nn.Module:
+    """Return a model of the same class that says something else."""
+    model = fresh(name)
+    for parameter in model.parameters():
+        parameter.mul_(0.7)
+    return model
+
+
+def save_image_encoder(folder: Path) -> None:
+    """Write an encoder of pictures of 8 x 8 pixels, 16 wide, into a pipeline's folder."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
+    config = CLIPVisionConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        CLIPVisionModel(config).save_pretrained(folder / "image_encoder")
+    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 8}}
+    processor |= {"crop_size": {"height": 8, "width": 8}}
+    (folder / "image_processor").mkdir()
+    (folder / "image_processor" / "preprocessor_config.json").write_text(json.dumps(processor))
 
 
 def save_pipeline(

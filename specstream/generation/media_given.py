@@ -17,7 +17,8 @@ from torch import Tensor
 from specstream.generation.media_loading import MediaRun
 from specstream.media_reader import read_mask, read_picture, read_sound, read_video
 from specstream.models.codec import Compression
-from specstream.models.diffusers_network import FIRST_FRAME
+from specstream.models.diffusers_network import BESIDE, FIRST_FRAME
+from specstream.models.shown_media import shown
 from specstream.structures import KnownParts
 
 
@@ -43,36 +44,60 @@ def asked_for(run: MediaRun, prompt: str, files: GivenFiles, num_samples: int) -
 
     Raises ValueError in one line for a prompt or files that the model can do nothing with.
     """
-    known = shown = None
+    known: KnownParts | None = None
+    seen: dict[str, Tensor] = {}
+    wanted = None if run.told is None else run.told.network.wants
     if files.first_frame is not None:
-        known, shown = begun(run, files.first_frame)
-    elif run.told is not None and FIRST_FRAME in run.told.network.needs:
+        known, seen = begun(run, files.first_frame)
+    elif wanted == "first_frame":
         refuse("first_frame", "this model goes on from a picture: give one")
     elif files.image is not None:
         assert files.mask is not None, "the options ask for both"
-        known = known_parts(run, files.image, files.mask)
+        if wanted == "image":
+            seen = with_hole(run, files.image, files.mask)
+        else:
+            known = known_parts(run, files.image, files.mask)
+    elif wanted == "image":
+        refuse("image", "this model fills a hole in a picture: give one, and media.mask")
     condition = run.condition(prompt, num_samples)
-    if shown is not None:
-        condition[FIRST_FRAME] = shown.expand(num_samples, *shown.shape[1:])
+    condition |= {name: value.expand(num_samples, *value.shape[1:]) for name, value in seen.items()}
     if known is not None:
         data, given = (x.expand(num_samples, *x.shape[1:]) for x in (known.data, known.given))
         known = KnownParts(data, given)
     return Asked(condition, known)
 
 
-def begun(run: MediaRun, path: str) -> tuple[KnownParts | None, Tensor | None]:
+def begun(run: MediaRun, path: str) -> tuple[KnownParts | None, dict[str, Tensor]]:
     """Return what a first frame gives of a video, as one row, and what the network is shown of it.
 
     A network that needs to be shown it makes its own first frame after it.
     """
-    states = first_frame(run, path)
+    picture = first_picture(run, path)
+    if run.told is not None and BESIDE in run.told.network.needs:
+        channels, *sizes = run.media_shape
+        media, made = torch.zeros(1, channels, *sizes), torch.ones(1, 1, *sizes, dtype=torch.bool)
+        media[0, :, :1], made[:, :, 0] = picture, False
+        return None, shown(run.told, media, made)
+    states = run.encode(picture[None])
     held = in_place(run, states, torch.ones_like(states[:, :1], dtype=torch.bool))
     if run.told is None:
-        return held, None
-    network, shown = run.told.network, run.told.first_frame(states)
+        return held, {}
+    network = run.told.network
+    seen = {FIRST_FRAME: run.told.first_frame(states)}
     if FIRST_FRAME in network.needs:
-        return None, shown
-    return held, shown if FIRST_FRAME in network.may_see else None
+        return None, seen
+    return held, seen if FIRST_FRAME in network.may_see else {}
+
+
+def with_hole(run: MediaRun, path: str, mask: str) -> dict[str, Tensor]:
+    """Return what a network that fills holes is shown of a picture and its mask, as one row.
+
+    It makes what is around the hole again, much as it was.
+    """
+    assert run.told is not None
+    media, made = medium(run, path), picture_mask(run, mask)
+    check_mask(path, mask, ~made)
+    return shown(run.told, media[None], made[None])
 
 
 def known_parts(run: MediaRun, path: str, mask: str) -> KnownParts:
@@ -82,21 +107,26 @@ def known_parts(run: MediaRun, path: str, mask: str) -> KnownParts:
     else:
         media, made = medium(run, path), picture_mask(run, mask)
     given = ~any_in_blocks(made, run.compression)
+    check_mask(path, mask, given)
+    return in_place(run, run.encode(media[None]), given[None])
+
+
+def check_mask(path: str, mask: str, given: Tensor) -> None:
+    """Raise ValueError where nothing or all of a medium is given, (1, ...)."""
     if not given.any():
         refuse("mask", f"all of '{mask}' is white: nothing of '{path}' would be kept")
     if given.all():
         refuse("mask", f"nothing of '{mask}' is white, so there is nothing to make")
-    return in_place(run, run.encode(media[None]), given[None])
 
 
-def first_frame(run: MediaRun, path: str) -> Tensor:
-    """Return the state (1, C, 1, H, W) of the picture that a video is to begin with."""
+def first_picture(run: MediaRun, path: str) -> Tensor:
+    """Return the picture (C, 1, H, W) that a video is to begin with."""
     if run.processor.kind != "video":
         refuse("first_frame", f"is for videos, and this model makes {run.processor.suffix} files")
     if run.media_shape[1] == 1:
         refuse("first_frame", "videos of one frame are asked for, so there is nothing to make")
     picture = read_picture(path, run.media_shape[0])
-    return run.encode(fitted(run, "first_frame", path, picture[:, None])[None])
+    return fitted(run, "first_frame", path, picture[:, None])
 
 
 def in_place(run: MediaRun, states: Tensor, given: Tensor) -> KnownParts:

@@ -6,12 +6,19 @@ Shapes: R rows, C channels, H height, W width, T tokens of a prompt, D its width
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specstream.models.diffusers_network import TIMES, DiffusersNetwork, StateForm, plain_channels
+from specstream.models.diffusers_network import (
+    BESIDE,
+    TIMES,
+    DiffusersNetwork,
+    StateForm,
+    plain_channels,
+)
 
 
 class UNet(DiffusersNetwork):
@@ -41,12 +48,14 @@ class ConditionedUNet(DiffusersNetwork):
     """UNet2DConditionModel: latents (R, C, H, W) under prompt_embeds (R, T, D).
 
     That of Stable Diffusion XL is also told pooled_prompt_embeds (R, D) and the picture's size.
+    One that fills holes is shown beside the state where they are and what is around them.
     """
 
     @property
     def needs(self) -> tuple[str, ...]:
-        told_size = self.model.config.addition_embed_type is not None
-        return ("prompt_embeds", "pooled_prompt_embeds") if told_size else ("prompt_embeds",)
+        config = self.model.config
+        size = () if config.addition_embed_type is None else ("pooled_prompt_embeds",)
+        return ("prompt_embeds", *size, *((BESIDE,) if fills(config) else ()))
 
     @staticmethod
     def form(config: Mapping[str, Any]) -> StateForm:
@@ -63,7 +72,13 @@ class ConditionedUNet(DiffusersNetwork):
                 f"UNet2DConditionModel: addition_embed_type '{config['addition_embed_type']}' is "
                 "not supported, only text_time is"
             )
+        if fills(config):
+            config = {**config, "in_channels": config["out_channels"]}
         return unet_form("UNet2DConditionModel", config)
+
+    def beside(self, latents: Tensor, made: Tensor) -> Tensor:
+        corners = made[..., :: self.space, :: self.space]  # of the blocks that latents stand for
+        return torch.cat([corners.to(latents), latents], 1)
 
     def forward(
         self,
@@ -71,6 +86,7 @@ class ConditionedUNet(DiffusersNetwork):
         times: Tensor,
         prompt_embeds: Tensor,
         pooled_prompt_embeds: Tensor | None = None,
+        beside: Tensor | None = None,
     ) -> Tensor:
         added = None
         if pooled_prompt_embeds is not None:
@@ -80,8 +96,9 @@ class ConditionedUNet(DiffusersNetwork):
                 "text_embeds": pooled_prompt_embeds.to(states),
                 "time_ids": size.to(states).expand(len(states), -1),
             }
+        seen = states if beside is None else torch.cat([states, beside.to(states)], 1)
         output = self.model(
-            states,
+            seen,
             times[:, 0],
             prompt_embeds.to(states),
             added_cond_kwargs=added,
@@ -115,22 +132,37 @@ class FluxTransformer(DiffusersNetwork):
     """FluxTransformer2DModel: latents (R, C, H, W), of which it sees squares of 2 x 2 in a row.
 
     Told prompt_embeds (R, T, D) and pooled_prompt_embeds (R, D), and a guidance where distilled.
+    One that fills holes (FLUX.1 Fill) is shown what is around them, and every pixel of the mask.
     """
 
-    needs = ("prompt_embeds", "pooled_prompt_embeds")
+    @property
+    def needs(self) -> tuple[str, ...]:
+        told = ("prompt_embeds", "pooled_prompt_embeds")
+        return (*told, BESIDE) if fills_squares(self.model.config) else told
 
     @staticmethod
     def form(config: Mapping[str, Any]) -> StateForm:
+        if fills_squares(config):
+            config = {**config, "in_channels": config["out_channels"]}
         channels = plain_channels("FluxTransformer2DModel", config)
         return StateForm(channels // 4, (2, 2), (128, 128))
 
+    def beside(self, latents: Tensor, made: Tensor) -> Tensor:
+        blocks = torch.nn.functional.pixel_unshuffle(made.to(latents), self.space)
+        return torch.cat([latents, blocks], 1)
+
     def forward(
-        self, states: Tensor, times: Tensor, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor
+        self,
+        states: Tensor,
+        times: Tensor,
+        prompt_embeds: Tensor,
+        pooled_prompt_embeds: Tensor,
+        beside: Tensor | None = None,
     ) -> Tensor:
         rows, channels, height, width = states.shape
         down, across = height // 2, width // 2
-        squares = states.reshape(rows, channels, down, 2, across, 2)
-        packed = squares.permute(0, 2, 4, 1, 3, 5).reshape(rows, down * across, channels * 4)
+        seen = states if beside is None else torch.cat([states, beside.to(states)], 1)
+        packed = in_squares(seen)
         places = torch.zeros(down, across, 3, device=states.device, dtype=states.dtype)
         places[..., 1] = torch.arange(down, device=states.device)[:, None]
         places[..., 2] = torch.arange(across, device=states.device)
@@ -147,6 +179,24 @@ class FluxTransformer(DiffusersNetwork):
         )[0]  # (R, H W / 4, 4 C)
         squares = output.view(rows, down, across, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return squares.reshape(states.shape)
+
+
+def in_squares(states: Tensor) -> Tensor:
+    """Return states (R, C, H, W) as a sequence of squares of 2 x 2, (R, H W / 4, 4 C)."""
+    rows, channels, height, width = states.shape
+    squares = states.reshape(rows, channels, height // 2, 2, width // 2, 2)
+    return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def fills(config: Mapping[str, Any]) -> bool:
+    """Whether a UNet is shown a mask, in one channel, and latents of a picture with holes."""
+    return bool(config["in_channels"] == 2 * config["out_channels"] + 1)
+
+
+def fills_squares(config: Mapping[str, Any]) -> bool:
+    """Whether a Flux network is shown latents of a picture with holes, and a mask in pixels."""
+    mask = config["in_channels"] - 2 * (config.get("out_channels") or config["in_channels"])
+    return mask > 0 and mask == 4 * isqrt(mask // 4) ** 2
 
 
 def unet_form(kind: str, config: Mapping[str, Any]) -> StateForm:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 FIRST_FRAME = "first_frame"  # (R, C, 1, H, W) latents of the picture that a video begins with
+BESIDE = "beside"  # (R, C', *A) a medium and its mask, in channels of their own beside the state
+IMAGE_EMBEDS = "image_embeds"  # (R, T, D) what an image encoder says of that picture
+SHOWN = (FIRST_FRAME, BESIDE, IMAGE_EMBEDS)  # what is made of files: the same without a prompt
 TIMES = 1000.0  # what a network that counts in shares divides a time by
 
 
@@ -77,6 +80,25 @@ class DiffusersNetwork(nn.Module, ABC):
         """The conditions that a call may name beside those it needs."""
         return ()
 
+    @property
+    def wants(self) -> Literal["first_frame", "image"] | None:
+        """The file that it cannot do without: a video's first frame, or an image with its mask."""
+        if not any(name in SHOWN for name in self.needs):
+            return None
+        return "first_frame" if len(self.form(self.model.config).patch) == 3 else "image"
+
+    @property
+    def models(self) -> tuple[ModelMixin, ...]:
+        """The networks of `diffusers` that are asked."""
+        return (self.model,)
+
+    def beside(self, latents: Tensor, made: Tensor) -> Tensor:
+        """Return what is shown beside a state, (1, C', *A), where that is needed.
+
+        Of the latents (1, C, *A) of a medium, grey where it is to be `made`, (1, 1, ...) in pixels.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is shown nothing beside its states")
+
     @staticmethod
     @abstractmethod
     def form(config: Mapping[str, Any]) -> StateForm:
@@ -95,7 +117,7 @@ class DiffusersNetwork(nn.Module, ABC):
 
     def unconditional(self, name: str, value: Tensor) -> Tensor:
         """Return what an empty prompt says in place of `value` (R, ...), where that is known."""
-        if name == FIRST_FRAME:
+        if name in SHOWN:
             return value
         raise ValueError(
             f"guidance needs the {name} of an empty prompt, which {type(self.model).__name__} "

@@ -20,6 +20,8 @@ from specstream.models.diffusers_network import (
     plain_channels,
 )
 
+OFS = 2.0  # what CogVideoX 1.5 is told beside the time
+
 
 def begun(
     states: Tensor, times: Tensor, first_frame: Tensor | None, num_places: int
@@ -77,43 +79,11 @@ class LTXTransformer(DiffusersNetwork):
         return output.transpose(1, 2).reshape(states.shape)
 
 
-class WanTransformer(DiffusersNetwork):
-    """WanTransformer3DModel: latents (R, C, F, H, W) under prompt_embeds (R, T, D).
-
-    That of Wan 2.2 with 5 B parameters may be shown a first frame as LTX is.
-    """
-
-    needs = ("prompt_embeds",)
-
-    @property
-    def may_see(self) -> tuple[str, ...]:
-        return (FIRST_FRAME,) if self.expand_timesteps else ()
-
-    @staticmethod
-    def form(config: Mapping[str, Any]) -> StateForm:
-        kind = "WanTransformer3DModel"
-        if config.get("image_dim") is not None:
-            raise ValueError(f"{kind}: one that continues an image (image_dim) is not supported")
-        return StateForm(plain_channels(kind, config), tuple(config["patch_size"]))
-
-    def forward(
-        self,
-        states: Tensor,
-        times: Tensor,
-        prompt_embeds: Tensor,
-        first_frame: Tensor | None = None,
-    ) -> Tensor:
-        _, side, other = self.model.config.patch_size
-        places = states.shape[3] // side * (states.shape[4] // other)
-        states, told = begun(states, times[:, 0], first_frame, places)
-        return self.model(states, told, prompt_embeds.to(states), return_dict=False)[0]
-
-
 class CogVideoXTransformer(DiffusersNetwork):
     """CogVideoXTransformer3DModel: latents (R, C, F, H, W) under prompt_embeds (R, T, D).
 
     One of twice as many channels is also shown a first frame, beside the state; the first frame
-    that it makes is its own.
+    that it makes is its own.  That of version 1.5 has a further number (`ofs`), always the same.
     """
 
     @property
@@ -125,8 +95,6 @@ class CogVideoXTransformer(DiffusersNetwork):
     def form(config: Mapping[str, Any]) -> StateForm:
         kind = "CogVideoXTransformer3DModel"
         side, frames = config["patch_size"], config.get("patch_size_t") or 1
-        if config.get("ofs_embed_dim") is not None:
-            raise ValueError(f"{kind}: one that continues an image (ofs) is not supported")
         shown = config["in_channels"] == 2 * (config.get("out_channels") or config["in_channels"])
         channels = config["out_channels"] if shown else plain_channels(kind, config)
         length = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
@@ -150,6 +118,7 @@ class CogVideoXTransformer(DiffusersNetwork):
             seen.transpose(1, 2),  # (R, F, C, H, W)
             prompt_embeds.to(states),
             times[:, 0],
+            ofs=None if self.model.ofs_embedding is None else times.new_full((1,), OFS),
             image_rotary_emb=self._rotary(states),
             return_dict=False,
         )[0]

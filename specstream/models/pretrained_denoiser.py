@@ -26,7 +26,13 @@ from specstream.models.codec import (
 from specstream.models.denoiser import Denoiser, load_denoiser
 from specstream.models.diffusers_network import DiffusersNetwork
 from specstream.models.noise_schedule import FlowSchedule, NoiseSchedule
-from specstream.models.pretrained_parts import Parts, load_part, network_class, read_parts
+from specstream.models.pretrained_parts import (
+    Parts,
+    load_network,
+    load_part,
+    network_class,
+    read_parts,
+)
 from specstream.models.quantization import METHODS, quantization_report, quantize
 from specstream.models.scheduler_config import clip_of, schedule_of
 from specstream.models.state_shape import MediaSize, state_shape
@@ -94,16 +100,14 @@ class PretrainedDenoiser(Denoiser):
         home = check_memory(quantize, quantize_codec, offload, device)
         parts = read_parts(path)
         compression = compression_of_parts(parts)
-        kind = network_class(parts.network.kind)
-        form = kind.form(parts.network.config)
+        form = network_class(parts.network.kind).form(parts.network.config)
         shape = state_shape(form, compression, size)
         tokens = form.num_tokens(shape)
         schedule, prediction = schedule_of(parts.scheduler, tokens)
         schedule = shifted(schedule, shift)
         stored = None if conditions is None else read_conditions(conditions)
-        model = load_part(path, parts.network, resolve_dtype(dtype, device))
-        place = (compression.space, compression.time)
-        network = kind(model, *place, frame_rate, prompt_weight, parts.expand_timesteps)
+        own = resolve_dtype(dtype, device)
+        network = load_network(parts, compression, frame_rate, prompt_weight, own)
         super().__init__(network, schedule, shape, prediction, clip_of(parts.scheduler))
         self.codec = load_codec(parts, resolve_dtype(codec_dtype, device), tile)
         self.parts = parts
@@ -152,10 +156,12 @@ class PretrainedDenoiser(Denoiser):
         if not self.offloaded:
             network.to(home)
         else:
+            assert isinstance(network, DiffusersNetwork)
             blocks = 1 if offload == "block" else None
-            network.model.enable_group_offload(
-                home, offload_type=OFFLOADS[offload], num_blocks_per_group=blocks
-            )
+            for model in network.models:
+                model.enable_group_offload(
+                    home, offload_type=OFFLOADS[offload], num_blocks_per_group=blocks
+                )
         codec.to(home)
         tiled = isinstance(codec, AutoencoderCodec) and codec.tile
         return {
@@ -212,7 +218,9 @@ class PretrainedDenoiser(Denoiser):
 
     def _models(self) -> dict[str, nn.Module]:
         assert isinstance(self.network, DiffusersNetwork)
-        models: dict[str, nn.Module] = {self.parts.network.folder: self.network.model}
+        networks = (self.parts.network, self.parts.low_noise)
+        folders = [part.folder for part in networks if part is not None]
+        models: dict[str, nn.Module] = dict(zip(folders, self.network.models, strict=True))
         if self.parts.autoencoder is not None:
             assert isinstance(self.codec, AutoencoderCodec)
             models[self.parts.autoencoder.folder] = self.codec.model

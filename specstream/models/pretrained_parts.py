@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from specstream.files import is_hub_id, one_line
+from specstream.models.codec import Compression
 from specstream.models.diffusers_image import (
     ClassTransformer,
     ConditionedUNet,
@@ -25,8 +26,8 @@ from specstream.models.diffusers_video import (
     CogVideoXTransformer,
     LTXTransformer,
     StableAudioTransformer,
-    WanTransformer,
 )
+from specstream.models.diffusers_wan import WanExperts, WanTransformer
 from specstream.models.scheduler_config import with_defaults
 from specstream.models.weights import quiet_transformers
 
@@ -49,15 +50,21 @@ PIPELINES = (  # others tell the same networks other things
     "DDIMPipeline",
     "DiTPipeline",
     "StableDiffusionPipeline",
+    "StableDiffusionInpaintPipeline",
     "StableDiffusionXLPipeline",
+    "StableDiffusionXLInpaintPipeline",
     "FluxPipeline",
+    "FluxFillPipeline",
     "LTXPipeline",
     "LTXImageToVideoPipeline",
     "WanPipeline",
+    "WanImageToVideoPipeline",
     "CogVideoXPipeline",
     "CogVideoXImageToVideoPipeline",
     "StableAudioPipeline",
 )
+
+LOW_NOISE = "transformer_2"  # where a pipeline's network for clean states lies
 
 
 def network_class(name: str) -> type[DiffusersNetwork]:
@@ -86,6 +93,8 @@ class Parts:
     scheduler: dict[str, Any]
     autoencoder: Part | None
     expand_timesteps: bool = False  # whether a Wan network was trained to be told a time per place
+    low_noise: Part | None = None  # the network that clean states are asked of, where it is another
+    boundary: float | None = None  # the time below which a state is clean
 
 
 def read_parts(path: str) -> Parts:
@@ -105,28 +114,54 @@ def read_parts(path: str) -> Parts:
     pipeline = str(index.get("_class_name"))
     if pipeline not in PIPELINES:
         raise ValueError(f"{path!r} is a {pipeline}; supported are: {', '.join(PIPELINES)}")
-    if index.get("boundary_ratio") is not None:
-        raise ValueError(
-            f"{path!r} has one transformer for noisy states and one for clean ones; models with "
-            "one only are supported (Wan 2.1, or the 5B of Wan 2.2)"
-        )
+    if index.get("requires_aesthetics_score"):
+        raise ValueError(f"{path!r} is told a score of beauty, which is not supported")
     network = next((name for name in ("transformer", "unet") if named(index, name)), None)
     if network is None:
         raise ValueError(f"{path!r} names neither a transformer nor a unet")
     network_class(named(index, network))
     if not named(index, "scheduler"):
         raise ValueError(f"{path!r} names no scheduler")
+    ratio = index.get("boundary_ratio")
+    if ratio is not None:
+        check_experts(path, ratio, [named(index, network), named(index, LOW_NOISE)])
     autoencoder = next((name for name in ("vae", "vqvae") if named(index, name)), None)
     with one_line(f"cannot read a pipeline from {path!r}"), quiet_diffusers():
-        scheduler = diffusers.DDIMScheduler.load_config(path, subfolder="scheduler")
-        return Parts(
+        scheduler = dict(diffusers.DDIMScheduler.load_config(path, subfolder="scheduler"))
+        parts = Parts(
             path,
             pipeline,
             read_part(path, network, named(index, network)),
-            dict(scheduler),
+            scheduler,
             read_part(path, autoencoder, named(index, autoencoder)) if autoencoder else None,
             bool(index.get("expand_timesteps")),
         )
+    return parts if ratio is None else with_experts(parts, float(ratio))
+
+
+def check_experts(path: str, ratio: Any, kinds: list[str]) -> None:
+    """Raise ValueError for a pipeline of two networks that are not those of Wan."""
+    if kinds != ["WanTransformer3DModel"] * 2:
+        raise ValueError(f"{path!r} has a boundary_ratio, and two Wan networks it has not")
+    if not isinstance(ratio, float | int) or not 0 < ratio < 1:
+        raise ValueError(f"{path!r}: boundary_ratio {ratio} is not between 0 and 1")
+
+
+def with_experts(parts: Parts, ratio: float) -> Parts:
+    """Return the parts of a pipeline that asks one network of noisy states and one of clean ones.
+
+    Raises ValueError in one line where the two see different states.
+    """
+    first = parts.network
+    with one_line(f"cannot read a pipeline from {parts.path!r}"), quiet_diffusers():
+        second = read_part(parts.path, LOW_NOISE, first.kind)
+    for option in ("in_channels", "out_channels", "patch_size", "image_dim"):
+        one, other = first.config.get(option), second.config.get(option)
+        if one != other:
+            raise ValueError(f"the networks of {parts.path!r} have {option} {one} and {other}")
+    scheduler = str(parts.scheduler.get("_class_name"))
+    steps = with_defaults(scheduler, parts.scheduler)["num_train_timesteps"]
+    return replace(parts, low_noise=second, boundary=ratio * steps)
 
 
 def named(index: dict[str, Any], name: str) -> str:
@@ -157,6 +192,19 @@ def load_part(path: str, part: Part, dtype: torch.dtype) -> ModelMixin:
             f"{missing[0]} for one"
         )
     return model.eval().requires_grad_(False)
+
+
+def load_network(
+    parts: Parts, place: Compression, frame_rate: float, guidance: float, dtype: torch.dtype
+) -> DiffusersNetwork:
+    """Return a pipeline's network, or its two, behind the one call."""
+    kind = network_class(parts.network.kind)
+    model = load_part(parts.path, parts.network, dtype)
+    told = (place.space, place.time, frame_rate, guidance, parts.expand_timesteps)
+    if parts.low_noise is None:
+        return kind(model, *told)
+    assert parts.boundary is not None
+    return WanExperts(model, load_part(parts.path, parts.low_noise, dtype), parts.boundary, *told)
 
 
 @contextlib.contextmanager

@@ -28,8 +28,12 @@ SMALLEST_SIZE = 1e-6  # of a text's vector: below it there is no text
 AT_ONCE = 16  # prompts that are encoded together
 LENGTHS = {  # tokens of a prompt, as they were trained
     "WanPipeline": 512,
+    "WanImageToVideoPipeline": 512,
     "CogVideoXPipeline": 226,
     "CogVideoXImageToVideoPipeline": 226,
+}
+ELSEWHERE = {  # parts of a pipeline that read no prompts
+    "WanImageToVideoPipeline": ("image_encoder", "image_processor"),
 }
 
 
@@ -109,8 +113,9 @@ def encode_prompts(
         )
     encode = ENCODERS[parts.pipeline]
     with one_line(f"cannot encode prompts with {parts.path!r}"), quiet_diffusers():
+        others = dict.fromkeys(("scheduler", *ELSEWHERE.get(parts.pipeline, ())))
         pipeline = getattr(diffusers, parts.pipeline).from_pretrained(
-            parts.path, dtype=dtype, scheduler=None, **models
+            parts.path, dtype=dtype, **others, **models
         )
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module) and name not in models:
@@ -135,7 +140,7 @@ def without_prompt(pipeline: DiffusionPipeline, given: Told) -> Told | None:
     kind = type(pipeline).__name__
     if kind == "StableAudioPipeline":
         return {}
-    if kind == "StableDiffusionXLPipeline" and pipeline.config.force_zeros_for_empty_prompt:
+    if kind.startswith("StableDiffusionXL") and pipeline.config.force_zeros_for_empty_prompt:
         return {name: torch.zeros_like(value[:1]) for name, value in given.items()}
     return None
 
@@ -201,12 +206,16 @@ def encode_sound(
 
 ENCODERS = {
     "WanPipeline": encode_plain,
+    "WanImageToVideoPipeline": encode_plain,
     "CogVideoXPipeline": encode_plain,
     "CogVideoXImageToVideoPipeline": encode_plain,
     "LTXPipeline": encode_masked,
     "LTXImageToVideoPipeline": encode_masked,
     "FluxPipeline": encode_pooled,
+    "FluxFillPipeline": encode_pooled,
     "StableDiffusionPipeline": encode_stable,
+    "StableDiffusionInpaintPipeline": encode_stable,
     "StableDiffusionXLPipeline": encode_stable_xl,
+    "StableDiffusionXLInpaintPipeline": encode_stable_xl,
     "StableAudioPipeline": encode_sound,
 }

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specstream.models.diffusers_network import FIRST_FRAME
 from specstream.models.pretrained_denoiser import PretrainedDenoiser
 from specstream.models.text_conditions import short_condition
 
@@ -52,8 +51,8 @@ def encode_captions(target: PretrainedDenoiser, prompts: Sequence[str]) -> Encod
 
 def check_whole(target: PretrainedDenoiser) -> None:
     """Raise ValueError for a target that is not as it is stored, or needs more than captions."""
-    if FIRST_FRAME in target.network.needs:
-        raise ValueError("this target goes on from a picture, and captions hold none")
+    if target.network.wants is not None:
+        raise ValueError("this target is shown a picture, and captions hold none")
     if target.offloaded or target.memory["target"]["method"] != "none":
         raise ValueError(
             "a drafter is trained for a target as it is stored: leave out quantize and offload, "

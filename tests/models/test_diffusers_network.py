@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from specstream.models.diffusers_network import DiffusersNetwork
+from specstream.models.diffusers_wan import WanExperts
 from specstream.models.pretrained_parts import network_class
-from tests.diffusers_toys import OPTIONS, fresh
+from tests.diffusers_toys import OPTIONS, fresh, other
 
 ROWS = 3
 TIMES = torch.tensor([[999.0], [400.0], [20.0]])
@@ -35,6 +36,24 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Tensor]]] = {
     "CogVideoXTransformer3DModel": ((4, 3, 8, 8), PROMPTS),
     "CogVideoXTransformer3DModel:rotary": ((4, 3, 8, 6), PROMPTS),
     "CogVideoXTransformer3DModel:1.5": ((4, 4, 8, 6), PROMPTS),
+    "UNet2DConditionModel:fills": ((4, 8, 4), PROMPTS | {"beside": drawn(ROWS, 5, 8, 4)}),
+    "FluxTransformer2DModel:fills": (
+        (4, 6, 4),
+        PROMPTS | {"pooled_prompt_embeds": drawn(ROWS, 6), "beside": drawn(ROWS, 8, 6, 4)},
+    ),
+    "WanTransformer3DModel:continues": (
+        (4, 3, 4, 6),
+        PROMPTS | {"beside": drawn(ROWS, 8, 3, 4, 6)},
+    ),
+    "WanTransformer3DModel:reads": (
+        (4, 3, 4, 6),
+        {"prompt_embeds": drawn(ROWS, 512, 12)}
+        | {"beside": drawn(ROWS, 8, 3, 4, 6), "image_embeds": drawn(ROWS, 5, 16)},
+    ),
+    "CogVideoXTransformer3DModel:1.5-continues": (
+        (4, 4, 8, 6),
+        PROMPTS | {"first_frame": drawn(ROWS, 4, 1, 8, 6)},
+    ),
     "StableAudioDiTModel": ((4, 8), PROMPTS | {"duration_embeds": drawn(ROWS, 1, 24)}),
 }
 
@@ -48,6 +67,8 @@ def said_alone(
 ) -> Tensor:
     """Call the model of diffusers on one row, in the words of its own pipeline."""
     model, text = network.model, told.get("prompt_embeds")
+    if "beside" in told:
+        state = torch.cat([state, told["beside"]], 1)
     family = name.partition(":")[0]
     if family == "UNet2DModel":
         return model(state, time).sample
@@ -61,9 +82,9 @@ def said_alone(
     if family == "LTXVideoTransformer3DModel":
         return said_by_ltx(model, state, time, told)
     if family == "WanTransformer3DModel":
-        return model(state, time, text).sample
+        return model(state, time, text, told.get("image_embeds")).sample
     if family == "CogVideoXTransformer3DModel":
-        return said_by_cogvideox(model, state, time, text)
+        return said_by_cogvideox(model, state, time, told)
     from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
     rotary = get_1d_rotary_pos_embed(4, 9, use_real=True, repeat_interleave_real=False)
@@ -102,7 +123,9 @@ def said_by_ltx(model: object, state: Tensor, time: Tensor, told: dict[str, Tens
     return LTXPipeline._unpack_latents(output, *sizes)
 
 
-def said_by_cogvideox(model: object, state: Tensor, time: Tensor, text: Tensor | None) -> Tensor:
+def said_by_cogvideox(
+    model: object, state: Tensor, time: Tensor, told: dict[str, Tensor]
+) -> Tensor:
     from types import SimpleNamespace
 
     from diffusers import CogVideoXPipeline
@@ -114,8 +137,14 @@ def said_by_cogvideox(model: object, state: Tensor, time: Tensor, text: Tensor |
         rotary = CogVideoXPipeline._prepare_rotary_positional_embeddings(
             around, height * 8, width * 8, frames, "cpu"
         )
-    moved = state.transpose(1, 2)
-    return model(moved, text, time, image_rotary_emb=rotary).sample.transpose(1, 2)  # type: ignore[operator]
+    ofs = None
+    if "first_frame" in told:
+        later = torch.zeros_like(state[:, :, 1:])
+        state = torch.cat([state, torch.cat([told["first_frame"], later], 2)], 1)
+        ofs = torch.tensor([2.0])
+    moved, text = state.transpose(1, 2), told["prompt_embeds"]
+    output = model(moved, text, time, ofs=ofs, image_rotary_emb=rotary)  # type: ignore[operator]
+    return output.sample.transpose(1, 2)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -187,10 +216,12 @@ def test_what_a_network_cannot_be_told_is_refused_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("name", "option", "value", "line"),
     [
-        ("WanTransformer3DModel", "image_dim", 8, "continues an image"),
+        ("WanTransformer3DModel", "image_dim", 8, "image_dim without channels of a picture"),
+        ("WanTransformer3DModel", "pos_embed_seq_len", 514, "shown two pictures"),
         ("WanTransformer3DModel", "in_channels", 9, "takes 9 channels and gives 4"),
         ("LTXVideoTransformer3DModel", "patch_size", 2, "only patches of size 1"),
-        ("CogVideoXTransformer3DModel", "ofs_embed_dim", 8, "continues an image"),
+        ("UNet2DConditionModel", "in_channels", 8, "takes 8 channels and gives 4"),
+        ("FluxTransformer2DModel", "in_channels", 32, "takes 32 channels and gives 16"),
         ("UNet2DModel", "class_embed_type", "timestep", "class_embed_type is not supported"),
         ("UNet2DModel", "time_embedding_type", "fourier", "'fourier' is not supported"),
         ("UNet2DConditionModel", "class_embed_type", "timestep", "class_embed_type is not supp"),
@@ -201,8 +232,33 @@ def test_a_network_that_wants_more_is_refused(
     name: str, option: str, value: object, line: str
 ) -> None:
     config = dict(fresh(name).config) | {option: value}
+    config["out_channels"] = config["out_channels"] or fresh(name).config.in_channels
     with pytest.raises(ValueError, match=line):
         network_class(name).form(config)
+
+
+def test_rows_of_one_call_fall_to_the_expert_of_their_own_times() -> None:
+    name = "WanTransformer3DModel:continues"
+    shape, told = CASES[name]
+    high, low, states = fresh(name), other(name), drawn(ROWS, *shape)
+    network = WanExperts(high, low, 400.0, 8, 4)
+    network.check(told)
+    together = network(states, TIMES, **told)
+    seen = torch.cat([states, told["beside"]], 1)
+    for row, model in enumerate((high, high, low)):  # the boundary is the noisy one's
+        one = slice(row, row + 1)
+        alone = model(seen[one], TIMES[row], told["prompt_embeds"][one]).sample
+        assert torch.allclose(together[one], alone, atol=2e-5), row
+    for boundary, model in ((1000.0, low), (0.0, high)):  # all to one of them
+        alone = model(seen, TIMES[:, 0], told["prompt_embeds"]).sample
+        said = WanExperts(high, low, boundary)(states, TIMES, **told)
+        assert torch.allclose(said, alone, atol=2e-5)
+
+
+def test_a_network_that_reads_pictures_is_told_as_many_tokens_as_it_counts_on() -> None:
+    told = CASES["WanTransformer3DModel:reads"][1] | PROMPTS
+    with pytest.raises(ValueError, match="is told 512 tokens, not 5"):
+        adapter("WanTransformer3DModel:reads").check(told)
 
 
 def test_an_unknown_network_is_refused_with_the_known_ones() -> None:

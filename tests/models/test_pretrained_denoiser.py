@@ -252,7 +252,8 @@ def test_a_folder_that_is_no_pipeline_is_refused(video: str, tmp_path: Path) -> 
     index = json.loads((Path(video) / "model_index.json").read_text())
     for change, line in (
         ({"_class_name": "LTXConditionPipeline"}, "is a LTXConditionPipeline; supported are: DDPM"),
-        ({"boundary_ratio": 0.9}, "one transformer for noisy states and one for clean"),
+        ({"boundary_ratio": 0.9}, "has a boundary_ratio, and two Wan networks it has not"),
+        ({"requires_aesthetics_score": True}, "is told a score of beauty"),
         ({"transformer": ["diffusers", "SD3Transformer2DModel"]}, "is no supported network"),
         ({"transformer": [None, None]}, "names neither a transformer nor a unet"),
         ({"scheduler": [None, None]}, "names no scheduler"),

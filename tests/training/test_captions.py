@@ -192,7 +192,7 @@ def test_what_does_not_go_together_is_refused(image: str, video: str, tmp_path: 
     parts = {"transformer": fresh("CogVideoXTransformer3DModel:continues")}
     parts["vae"] = fresh("AutoencoderKLCogVideoX")
     folder = save_pipeline(tmp_path / "cog", "CogVideoXImageToVideoPipeline", STEPPED, **parts)
-    with pytest.raises(ValueError, match="goes on from a picture, and captions hold none"):
+    with pytest.raises(ValueError, match="is shown a picture, and captions hold none"):
         ResidualModule(network(4, 3), loaded(str(folder), height=32, width=32, num_frames=9))
     told = tmp_path / "told.safetensors"
     save_file({"prompt_embeds": torch.ones(1, 5, 12), "prompt_mask": torch.ones(1, 5)}, told)
