@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -236,18 +237,24 @@ def save_pipeline(
     return folder
 
 
-def save_video_pipeline(folder: Path, scheduler: dict[str, object]) -> Path:
-    """Write an LTX pipeline whose text encoder knows the words "a" and "cat", of width 12."""
+def word_tokenizer() -> Any:
+    """Return a tokenizer that knows the words "a" and "cat"."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "cat": 3}, "<unk>"))
     words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", model_max_length=128
     )
+
+
+def save_video_pipeline(folder: Path, scheduler: dict[str, object]) -> Path:
+    """Write an LTX pipeline whose text encoder knows the words "a" and "cat", of width 12."""
+    from transformers import T5Config, T5EncoderModel
+
     config = T5Config(vocab_size=8, d_model=12, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     return save_pipeline(
         folder,
@@ -256,5 +263,5 @@ def save_video_pipeline(folder: Path, scheduler: dict[str, object]) -> Path:
         transformer=fresh("LTXVideoTransformer3DModel"),
         vae=fresh("AutoencoderKLLTXVideo"),
         text_encoder=T5EncoderModel(config),
-        tokenizer=tokenizer,
+        tokenizer=word_tokenizer(),
     )

@@ -28,12 +28,11 @@ SMALLEST_SIZE = 1e-6  # of a text's vector: below it there is no text
 AT_ONCE = 16  # prompts that are encoded together
 LENGTHS = {  # tokens of a prompt, as they were trained
     "WanPipeline": 512,
-    "WanImageToVideoPipeline": 512,
     "CogVideoXPipeline": 226,
     "CogVideoXImageToVideoPipeline": 226,
 }
-ELSEWHERE = {  # parts of a pipeline that read no prompts
-    "WanImageToVideoPipeline": ("image_encoder", "image_processor"),
+READERS = {  # of the prompts of another, with the same encoders and none of what reads pictures
+    "WanImageToVideoPipeline": "WanPipeline",
 }
 
 
@@ -113,9 +112,9 @@ def encode_prompts(
         )
     encode = ENCODERS[parts.pipeline]
     with one_line(f"cannot encode prompts with {parts.path!r}"), quiet_diffusers():
-        others = dict.fromkeys(("scheduler", *ELSEWHERE.get(parts.pipeline, ())))
-        pipeline = getattr(diffusers, parts.pipeline).from_pretrained(
-            parts.path, dtype=dtype, **others, **models
+        reader = READERS.get(parts.pipeline, parts.pipeline)
+        pipeline = getattr(diffusers, reader).from_pretrained(
+            parts.path, dtype=dtype, scheduler=None, **models
         )
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module) and name not in models:

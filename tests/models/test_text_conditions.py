@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from specstream.models import PretrainedDenoiser
-from tests.diffusers_toys import OPTIONS, save_pipeline
+from specstream.models.pretrained_parts import read_parts
+from tests.diffusers_toys import OPTIONS, fresh, other, save_pipeline, word_tokenizer
 
 CHAIN: dict[str, object] = {
     "_class_name": "EulerDiscreteScheduler",
@@ -82,3 +83,45 @@ def test_no_negative_prompt_is_what_the_pipeline_makes_of_it(zeros: bool, tmp_pa
     assert bool(target.free["prompt_embeds"].any()) != zeros
     target.condition(["a cat"], negative="a")
     assert target.free["prompt_embeds"].any()
+
+
+def test_a_prompt_is_read_without_what_reads_pictures(tmp_path: Path) -> None:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(vocab_size=8, d_model=12, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    name = "WanTransformer3DModel:continues"
+    folder = save_pipeline(
+        tmp_path / "wan",
+        "WanImageToVideoPipeline",
+        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+        {  # neither of the first two has a folder that could be loaded
+            "image_encoder": ["transformers", "CLIPVisionModel"],
+            "image_processor": ["transformers", "CLIPImageProcessor"],
+            "boundary_ratio": 0.9,
+        },
+        transformer=fresh(name),
+        transformer_2=other(name),
+        vae=fresh("AutoencoderKLWan"),
+        text_encoder=UMT5EncoderModel(config).eval(),
+        tokenizer=word_tokenizer(),
+    )
+    size = {"height": 16, "width": 16, "num_frames": 5}
+    target = PretrainedDenoiser(str(folder), dtype="float32", device="cpu", **size)
+    told = target.condition(["a cat", "a"])
+    assert told["prompt_embeds"].shape == (2, 512, 12)
+    assert told["prompt_embeds"][0, 1].any() and not told["prompt_embeds"][1, 1:].any()
+    assert target.free["prompt_embeds"].shape == (1, 512, 12)
+
+
+def test_two_experts_that_see_different_states_are_refused(tmp_path: Path) -> None:
+    parts = {"transformer": fresh("WanTransformer3DModel"), "vae": fresh("AutoencoderKLWan")}
+    parts["transformer_2"] = fresh("WanTransformer3DModel:continues")
+    scheduler: dict[str, object] = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    for ratio, line in (
+        (0.5, "have in_channels 4 and 12"),
+        (1.5, "1.5 is not between 0 and 1"),
+    ):
+        home = tmp_path / str(ratio)
+        save_pipeline(home, "WanPipeline", scheduler, {"boundary_ratio": ratio}, **parts)
+        with pytest.raises(ValueError, match=line):
+            read_parts(str(home))
