@@ -129,8 +129,8 @@ def of_ltx(target: PretrainedDenoiser, picture: Tensor, told: dict[str, Any]) ->
     return theirs(frame_rate=25, latents=packed, **masks, **told).frames
 
 
-def of_wan(target: PretrainedDenoiser, picture: Tensor, told: dict[str, Any]) -> Tensor:
-    """Return the frames of WanImageToVideoPipeline, of whatever version the target is."""
+def wan_pipeline(target: PretrainedDenoiser) -> Any:
+    """Return WanImageToVideoPipeline around a target of whatever version."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
     from transformers import AutoImageProcessor, CLIPVisionModel
 
@@ -149,7 +149,7 @@ def of_wan(target: PretrainedDenoiser, picture: Tensor, told: dict[str, Any]) ->
         parts["image_encoder"] = encoder
         where = {"subfolder": "image_processor", "backend": "pil"}
         parts["image_processor"] = AutoImageProcessor.from_pretrained(home, **where)
-    theirs = WanImageToVideoPipeline(
+    return WanImageToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
         vae=target.codec.model,
@@ -157,6 +157,11 @@ def of_wan(target: PretrainedDenoiser, picture: Tensor, told: dict[str, Any]) ->
         expand_timesteps=target.network.expand_timesteps,
         **parts,
     )
+
+
+def of_wan(target: PretrainedDenoiser, picture: Tensor, told: dict[str, Any]) -> Tensor:
+    """Return the frames of WanImageToVideoPipeline."""
+    theirs = wan_pipeline(target)
     pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     return theirs(image=Image.fromarray(pixels), latents=pure(target), **told).frames
 
@@ -205,6 +210,17 @@ def test_a_video_begins_as_the_pipeline_of_diffusers_begins_it(name: str, folder
     assert torch.allclose(media, theirs, atol=2e-4)
     if asked.known is not None:
         assert torch.equal(samples[:, :, 0], asked.known.data[:, :, 0])
+
+
+def test_wan_is_shown_the_mask_and_the_grey_video_that_its_pipeline_prepares(folder: Path) -> None:
+    run, picture = run_of(folder, "wan-experts"), str(folder / "first.png")
+    assert run.told is not None
+    asked = asked_for(run, "", GivenFiles(first_frame=picture), 2)
+    _, right = wan_pipeline(run.told).prepare_latents(
+        read_picture(picture, 3)[None], 2, 4, **SIZE, dtype=torch.float32, device="cpu"
+    )
+    assert asked.condition["beside"].shape == (2, 8, 3, 4, 4)
+    assert torch.allclose(asked.condition["beside"], right, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "side"), [("ltx", 4), ("wan-experts", 16)])
