@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,10 @@ from torch import Tensor
 
 from specstream.files import one_line, sound_package, video_package
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+BYTES = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LA", "PA", "RGBA")  # modes of a byte a number
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 
 
@@ -30,16 +35,34 @@ class Sound:
 
 
 def read_picture(path: str, channels: int) -> Tensor:
-    """Return a picture (C, H, W), grey where there is one channel."""
-    from PIL import Image
+    """Return a picture (C, H, W) the right way up, grey where there is one channel."""
+    from PIL import Image, ImageOps
 
     with one_line(f"cannot read the picture '{path}'"), warnings.catch_warnings():
         warnings.simplefilter(
             "error", Image.DecompressionBombWarning
         )  # larger than any model makes
         with Image.open(path) as opened:
-            pixels = np.array(opened.convert("L" if channels == 1 else "RGB"))
+            check_picture(opened)
+            upright = ImageOps.exif_transpose(opened)
+            pixels = np.array(upright.convert("L" if channels == 1 else "RGB"))
     return to_numbers(torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).movedim(-1, 0))
+
+
+def check_picture(opened: Picture) -> None:
+    """Raise ValueError for what would be lost without a word: depth, transparency, more pictures.
+
+    Greys of 16 bits, for one, would be cut at 255.
+    """
+    if opened.mode not in BYTES:
+        raise ValueError(f"its numbers are of kind {opened.mode}; save it with 8 bits a channel")
+    count = getattr(opened, "n_frames", 1)
+    if count > 1:
+        raise ValueError(f"it holds {count} pictures, not one")
+    if not opened.has_transparency_data:
+        return
+    if opened.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+        raise ValueError("parts of it are transparent; put it on a background")
 
 
 def read_video(path: str, channels: int) -> Tensor:
@@ -58,6 +81,10 @@ def read_sound(path: str) -> Sound:
     package = sound_package()
     with one_line(f"cannot read the sound '{path}'"):
         wave, rate = package.read(path, dtype="float32", always_2d=True)
+        if not np.isfinite(wave).all():
+            raise ValueError("it holds numbers that are not finite")
+        if wave.size and np.abs(wave).max() > 1:
+            raise ValueError(f"it goes up to {np.abs(wave).max():g}, and 1 is the loudest")
     return Sound(torch.from_numpy(wave.T.copy()), rate)
 
 
