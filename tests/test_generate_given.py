@@ -136,6 +136,19 @@ def test_a_block_is_to_be_made_where_any_of_its_pixels_is() -> None:
     assert torch.equal(any_in_blocks(made, Compression()), made)
 
 
+def test_a_pixel_is_given_only_where_all_that_it_is_written_as_is_black(
+    images: Path, tmp_path: Path
+) -> None:
+    hole = np.zeros((8, 12), np.uint8)  # twice the model's size
+    hole[:, 6:] = hole[5, 2] = 255
+    Image.fromarray(hole).save(tmp_path / "mask.png")
+    files = GivenFiles(str(picture(tmp_path / "in.png", 4, 6)), str(tmp_path / "mask.png"))
+    asked = asked_for(run_of(images), "", files, 1)
+    right = (torch.arange(6) < 3).expand(4, 6).clone()
+    right[2, 1] = False
+    assert asked.known is not None and torch.equal(asked.known.given[0, 0], right)
+
+
 MISTAKES = [
     ("images", "--media.mask m.png", "media.mask says what of media.image is to be made: give bo"),
     ("images", "--media.image i.png", "media.image needs media.mask, white where something is"),
@@ -152,6 +165,7 @@ MISTAKES = [
     ),
     ("images", "--media.image bad.png --media.mask m.png", "cannot read the picture 'bad.png': "),
     ("images", "--media.image i.png --media.mask bad.png", "cannot read the picture 'bad.png': "),
+    ("images", "--media.image deep.png --media.mask m.png", "its numbers are of kind I;16; save"),
     ("images", "--media.image i.png --media.mask black.png", "so there is nothing to make"),
     ("images", "--media.image i.png --media.mask white.png", "nothing of 'i.png' would be kept"),
     ("images", "--media.image i.png --media.mask vast.png", "cannot read the picture 'vast.png': "),
@@ -189,6 +203,7 @@ def test_files_that_cannot_be_used_are_one_line(
     for name, start in (("m.png", 3), ("black.png", 6), ("white.png", 0)):
         mask(Path(name), 4, 6, start)
     Path("bad.png").write_text("no picture")
+    Image.fromarray(np.full((4, 6), 300, np.uint16)).save("deep.png")
     mask(Path("vast.png"), 300, 400, 0)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     before = sorted(tmp_path.iterdir())

@@ -149,13 +149,16 @@ def medium(run: MediaRun, path: str) -> Tensor:
 
 
 def picture_mask(run: MediaRun, path: str) -> Tensor:
-    """Return what of pictures or videos is to be made, (1, *A): a picture is of all frames."""
+    """Return what of pictures or videos is to be made, (1, *A): a picture is of all frames.
+
+    Of a pixel that is written as several all must be black to be given.
+    """
     frames, made = run.media_shape[1:-2], read_mask(path).float()
     if not frames:
-        return fitted(run, "mask", path, made)[:, 0] > 0.5
+        return fitted(run, "mask", path, made)[:, 0] > 0
     count = frames[0] if made.shape[1] > 1 else 1
     made = fitted(run, "mask", path, made, count)
-    return made.expand(1, frames[0], *made.shape[2:]) > 0.5
+    return made.expand(1, frames[0], *made.shape[2:]) > 0
 
 
 def fitted(run: MediaRun, name: str, path: str, media: Tensor, num_frames: int = 1) -> Tensor:
