@@ -142,9 +142,9 @@ class RefinementPipeline(DenoisingSampler):
 
         chosen = self.threshold(self.score(drafts, self.parts, ask))
         masks = self.parts.spread(chosen).to(drafts.device)  # (B, 1, *A)
-        if context.known is not None:
-            masks = masks & ~context.known.given
-        self._count_parts(chosen)
+        free = torch.ones_like(masks) if context.known is None else ~context.known.given
+        masks = masks & free
+        self._count_parts(free, masks)
         start = self.grid.num_steps - self.refined_steps
         context.steps.fill_(start)
         # numbers of the draft's steps are spent
@@ -171,9 +171,13 @@ class RefinementPipeline(DenoisingSampler):
         stats.target_calls += drafted.target_calls
         stats.target_rows += drafted.target_rows
 
-    def _count_parts(self, chosen: Tensor) -> None:
-        """Add the parts of a batch (B, *G): acceptance is the share that is kept."""
+    def _count_parts(self, free: Tensor, refined: Tensor) -> None:
+        """Add the parts of a batch: acceptance is the share that is kept.
+
+        free and refined (B, 1, *A) or (B, *S): what is not given, and what is done again.  A part
+        that is given as a whole is neither kept nor refined.
+        """
         stats = self.stats
-        tested, kept = stats.tested or [0], stats.accepted or [0]
-        stats.tested = [tested[0] + chosen.numel()]
-        stats.accepted = [kept[0] + int((~chosen).sum())]
+        tested, fallen = (int(self.parts.cut(x).flatten(2).any(2).sum()) for x in (free, refined))
+        stats.tested = [sum(stats.tested) + tested]
+        stats.accepted = [sum(stats.accepted) + tested - fallen]

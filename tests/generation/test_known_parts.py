@@ -190,3 +190,18 @@ def test_of_a_draft_only_what_is_to_be_made_is_refined() -> None:
     for samples in (refined, draft):
         assert (samples[:, :, 0] == 0.5).all()
     assert (refined != draft)[:, :, 1:].all()
+
+
+def test_of_the_parts_of_a_draft_those_that_are_given_are_not_counted() -> None:
+    shape = (1, 6, 2, 2)
+    model = Denoiser(Follows(), FlowSchedule(), shape, Prediction.DATA)
+    given = torch.zeros(2, 1, 6, 2, 2, dtype=torch.bool)
+    given[:, :, :2] = True  # two frames, and a corner of a third
+    given[:, :, 2, 0, 0] = True
+    held = KnownParts(torch.full((2, *shape), 0.5), given)
+    for threshold, stand in ((-1e9, 0), (1e9, 3)):  # of four frames all fall, or the last alone
+        pipeline = RefinementPipeline(
+            model, None, 3, 8, threshold=AdaptiveThreshold(threshold), batch_size=1
+        )
+        pipeline.complete(2, seed=0, known=held)
+        assert (pipeline.stats.tested, pipeline.stats.accepted) == ([2 * 4], [2 * stand])
