@@ -133,6 +133,7 @@ def test_videos_and_sounds_are_written_as_files_that_open(
         (["--prompt", "a", "--media.steps", "0"], "media.steps must be in 1..10000, got 0"),
         (["--media.draft_steps", "2", "--media.window", "3"], "media.window is for drafted steps"),
         (["--media.main_steps", "9", "--media.steps", "8"], "are the same: give one of them"),
+        (["--media.main_steps", "9", "--media.steps", "50"], "are the same: give one of them"),
         (["--media.refinement_strength", "1"], "is for refinement: give media.draft_steps"),
         (["--prompt", "a", "--media.draft_steps", "0"], "media.draft_steps must be in 1..10000"),
         (

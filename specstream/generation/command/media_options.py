@@ -11,6 +11,7 @@ from specstream.generation.media_given import GivenFiles
 from specstream.generation.media_loading import Refinement, Sampler, Window
 from specstream.models.state_shape import MediaSize
 
+STEPS, FEW_STEPS = 50, 4  # unless said; few of a student that samples alone
 SIZES = ("height", "width", "num_frames", "frame_rate", "seconds")
 
 
@@ -20,7 +21,7 @@ class MediaOptions:
 
     Args:
         samples: how many, side by side in one file.
-        steps: denoising steps of each.
+        steps: denoising steps of each; 50 unless said, of sampler consistency 4.
         eta: 0 is the deterministic sampler, 1 the ancestral one; drafts are exact above 0; 1 unless
             said, of a refinement 0.
         guidance: weight of the prompt; 1 is that of training, more follows it more closely.
@@ -58,7 +59,7 @@ class MediaOptions:
     """
 
     samples: int = 1
-    steps: int = 50
+    steps: int | None = None
     eta: float | None = None
     guidance: float = 1.0
     sampler: Sampler = "ddim"
@@ -98,7 +99,7 @@ class MediaOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1_000_000:
                 raise ValueError(f"media.{name} must be above 0 and at most 1000000, got {value}")
-        if self.main_steps is not None and self.steps != MediaOptions.steps:
+        if self.main_steps is not None and self.steps is not None:
             raise ValueError("media.main_steps and media.steps are the same: give one of them")
         refines = self.refinement is not None
         for name in ("refinement_score", "refinement_strength"):
@@ -135,7 +136,9 @@ class MediaOptions:
     @property
     def num_steps(self) -> int:
         """Denoising steps of the target."""
-        return self.steps if self.main_steps is None else self.main_steps
+        said = self.steps if self.main_steps is None else self.main_steps
+        usual = FEW_STEPS if self.sampler == "consistency" else STEPS
+        return usual if said is None else said
 
     @property
     def refinement(self) -> Refinement | None:
