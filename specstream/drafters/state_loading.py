@@ -17,8 +17,8 @@ from specstream.drafters.denoising import (
 from specstream.drafters.loading import RECORD, read_record
 from specstream.drafters.residual import CorrectingDrafter, ResidualDenoiser, WindowDenoiser
 from specstream.files import one_line, replaced_folder
-from specstream.models.consistency import STUDENT, load_student
-from specstream.models.denoiser import Denoiser, load_denoiser
+from specstream.models.consistency import load_student
+from specstream.models.denoiser import STUDENT, Denoiser, load_denoiser
 from specstream.models.fingerprint import fingerprint
 from specstream.models.patch_transformer import PatchTransformer
 from specstream.models.pretrained_denoiser import PretrainedDenoiser
@@ -95,9 +95,12 @@ def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) ->
     known = [made.__name__ for made in (IndependentDenoiser, ResidualDenoiser, WindowDenoiser)]
     if kind not in known:
         raise ValueError(f"'{folder}' names {kind}, which is none of {', '.join(known)}")
+    distilled = (folder / STUDENT).is_file()
+    if distilled or kind != IndependentDenoiser.__name__:  # a model of its own has no other target
+        check_fingerprint(folder, record["target"], target)
     with one_line(f"'{folder}' holds a damaged drafter"):
         if kind == IndependentDenoiser.__name__:
-            load = load_student if (folder / STUDENT).is_file() else load_denoiser
+            load = load_student if distilled else load_denoiser
             drafter = IndependentDenoiser(load(folder, target.device), guidance)
             check_shapes(drafter.denoiser, target)
             return drafter.eval().requires_grad_(False)
@@ -115,13 +118,17 @@ def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) ->
         said, wanted = network.options["out_channels"], at_once * target.shape[0]
         if said != wanted:
             raise ValueError(f"its network has {said} out_channels, and must have {wanted}")
-    found, expected = fingerprint(target.network), record["target"].get("fingerprint")
+    return drafter.to(target.device).eval().requires_grad_(False)
+
+
+def check_fingerprint(folder: Path, named: Mapping[str, Any], target: Denoiser) -> None:
+    """Raise ValueError where a target is another than the one that a record names."""
+    found, expected = fingerprint(target.network), named.get("fingerprint")
     if expected is not None and found != expected:
         raise ValueError(
-            f"'{folder}' was trained for the target '{record['target']['path']}' as it was then "
+            f"'{folder}' was trained for the target '{named['path']}' as it was then "
             f"(fingerprint {expected}), not for this one (fingerprint {found})"
         )
-    return drafter.to(target.device).eval().requires_grad_(False)
 
 
 def check_shapes(drafter: Denoiser, target: Denoiser) -> None:

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from specstream.files import one_line, read_table
-from specstream.models.denoiser import Denoiser, Evaluation, load_denoiser
+from specstream.models.denoiser import STUDENT, Denoiser, Evaluation, read_denoiser
 from specstream.models.noise_schedule import NoiseSchedule, check_steps
 from specstream.transitions import Prediction, StepGrid
 
-STUDENT = "student.json"
 BOUNDED = (Prediction.FLOW, Prediction.VELOCITY)  # return the state itself at sigma 0
 
 
@@ -95,7 +94,7 @@ class ConsistencyModel(Denoiser):
 
 def load_student(folder: Path, device: str | torch.device = "cpu") -> ConsistencyModel:
     """Load what `ConsistencyModel.save` wrote; ValueError in one line for what is no student."""
-    model = load_denoiser(folder, device)
+    model = read_denoiser(folder, device)
     said = read_table(folder / STUDENT)
     with one_line(f"'{folder}' holds a damaged student"):
         student = ConsistencyModel(

@@ -27,6 +27,7 @@ from specstream.transitions import Prediction, StepGrid, data_estimate
 
 FORM = "denoiser.json"
 WEIGHTS = "denoiser.safetensors"
+STUDENT = "student.json"  # beside them: what they say are ends, which is `consistency`'s to read
 SCHEDULES: dict[str, type[NoiseSchedule]] = {
     kind.__name__: kind for kind in (FlowSchedule, DiscreteSchedule, SigmaSchedule)
 }
@@ -188,6 +189,16 @@ class Denoiser(nn.Module):
 
 def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     """Load what `Denoiser.save` wrote; ValueError in one line for what is no such folder."""
+    if (Path(path) / STUDENT).is_file():
+        raise ValueError(
+            f"'{path}' is no denoiser but a student of few steps: it says where a sampler ends, "
+            "not what a target says on the way"
+        )
+    return read_denoiser(path, device)
+
+
+def read_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
+    """Do what `load_denoiser` does, whatever the network was trained to say."""
     from safetensors.torch import load_file
 
     folder = Path(path)
