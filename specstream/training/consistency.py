@@ -4,8 +4,9 @@ Consistency distillation (Song et al. 2023, algorithm 2; with guidance as in lat
 models, Luo et al. 2023).  Data are noised to a level of the target's sampler, the target goes one
 deterministic step from there, and the student must say of both states that they end at the same
 data.  What holds it to the target's own ends is the last level, where it returns the state itself.
-The nearer state is answered by the same weights, without gradient: an averaged copy of them brings
-nothing there (Song and Dhariwal 2023).  What is exported is `WeightAveraging`'s, where that is on.
+The nearer state is answered by the same weights, without gradient, not by an averaged copy of them
+as in the published algorithm: Song and Dhariwal (2023) left it out where students learn from data
+alone, and it is left out here.  What is exported is `WeightAveraging`'s, where that is on.
 
 Shapes: B rows, N steps, S the shape of a state.
 """
@@ -105,6 +106,7 @@ class ConsistencyModule(SummedLossModule):
             raise ValueError(
                 f"the target's states are {list(self.target.shape)}, the data's {list(shape)}"
             )
+        check_network(self.target.network, data, "model.target")
         check_network(self.student.network, data)
         if self.student.guidance != 1 and not (data.processor.classes or data.processor.text_size):
             raise ValueError("guidance is the weight of a prompt, and this target takes none")

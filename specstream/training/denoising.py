@@ -99,6 +99,8 @@ class DenoisingModule(SummedLossModule):
             raise ValueError(
                 f"the target's states are {list(self.target.shape)}, the data's {list(shape)}"
             )
+        if self.target is not None:
+            check_network(self.target.network, data, "model.target")
 
     def loss(self, batch: Batch) -> LossSum:
         states, noise = batch["states"], self.epoch_noise()
@@ -156,12 +158,13 @@ def media_data(trainer: L.Trainer) -> Any:
     return data
 
 
-def check_network(network: nn.Module, data: Any) -> None:
+def check_network(network: nn.Module, data: Any, name: str = "model.network") -> None:
     """Raise ValueError where a diffusion model's network does not fit the data."""
     processor, colours = data.processor, data.shape[0]
     channels = {"in_channels": colours, "out_channels": colours, "num_times": 1, "feature_size": 0}
     for shape in data.shapes:
-        check_sizes(network, channels, shape[1:], len(processor.classes), processor.text_size)
+        told = len(processor.classes), processor.text_size
+        check_sizes(network, channels, shape[1:], *told, name)
 
 
 def check_sizes(
@@ -170,22 +173,21 @@ def check_sizes(
     grid: Sequence[int],
     num_classes: int,
     text_size: int,
+    name: str = "model.network",
 ) -> None:
     """Raise ValueError where a network's options are others than it must have for a grid (*A)."""
     if not isinstance(network, PatchTransformer):
         return
     wanted = channels | {"num_classes": num_classes, "text_size": text_size}
-    for name, value in wanted.items():
-        found = network.options[name]
-        if found != value and not (name in ("num_classes", "text_size") and found == 0):
-            raise ValueError(f"model.network: {name} is {found}, but here it must be {value}")
+    for option, value in wanted.items():
+        found = network.options[option]
+        if found != value and not (option in ("num_classes", "text_size") and found == 0):
+            raise ValueError(f"{name}: {option} is {found}, but here it must be {value}")
     if num_classes and not network.options["num_classes"]:
-        raise ValueError(f"model.network: num_classes is 0, but the data has {num_classes}")
+        raise ValueError(f"{name}: num_classes is 0, but the data has {num_classes}")
     if len(network.patch) != len(grid):
-        raise ValueError(
-            f"model.network: patch has {len(network.patch)} sizes for {len(grid)} axes"
-        )
+        raise ValueError(f"{name}: patch has {len(network.patch)} sizes for {len(grid)} axes")
     if any(side % size for side, size in zip(grid, network.patch, strict=True)):
         raise ValueError(
-            f"model.network: patches of {list(network.patch)} do not cut a grid of {list(grid)}"
+            f"{name}: patches of {list(network.patch)} do not cut a grid of {list(grid)}"
         )

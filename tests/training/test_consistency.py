@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from specstream.cli import generate, train
 from specstream.data import Digits
 from specstream.drafters import IndependentDenoiser
-from specstream.drafters.state_loading import load_state_drafter
+from specstream.drafters.state_loading import load_state_drafter, save_state_drafter
 from specstream.generation.consistency import ConsistencyPipeline
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.models import (
@@ -232,6 +232,32 @@ def test_what_makes_no_student_is_refused(
         ConsistencyModule(target, **options)  # type: ignore[arg-type]
 
 
+def test_a_student_is_no_target_and_samples_for_its_own_only(target: str, tmp_path: Path) -> None:
+    model = load_denoiser(target)
+    student = ConsistencyModel(awake(), model.schedule, model.shape, num_steps=STEPS)
+    save_state_drafter(tmp_path / "draft", IndependentDenoiser(student), model)
+    assert isinstance(load_state_drafter(tmp_path / "draft", model), IndependentDenoiser)
+    with pytest.raises(ValueError, match="is no denoiser but a student of few steps"):
+        ConsistencyModule(str(tmp_path / "draft"))
+    with torch.no_grad():
+        model.network.write.weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"was trained for the target .* as it was then"):
+        load_state_drafter(tmp_path / "draft", model)
+
+
+def test_a_target_of_other_classes_than_the_data_is_refused_before_training(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = PatchTransformer(1, 1, (2, 2), 16, 1, 2, num_classes=4)
+    Denoiser(few, FlowSchedule(), (1, 8, 8)).save(tmp_path / "few")
+    network = {"class_path": "specstream.models.PatchTransformer", "init_args": awake().options}
+    words = ["--model.init_args.network", json.dumps(network)]
+    assert train(arguments(tmp_path / "run", str(tmp_path / "few"), *words)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "model.target: num_classes is 4, but here it must be 10" in line
+    assert not (tmp_path / "run").exists()
+
+
 def arguments(run: Path, target: str, *more: str) -> list[str]:
     given = ["--config", "configs/train/digits-student.yaml", "--run", str(run)]
     given += ["--model.init_args.target", target, "--model.init_args.num_steps", "8"]
@@ -279,6 +305,8 @@ def test_a_student_is_trained_resumed_loaded_and_samples_both_ways(
     assert "student samples have no law" in shown and "plain, 8 steps" in shown
     assert "2; the target was not asked" in shown
     assert re.search(r"^student +2 +0 ", shown, re.MULTILINE)
+    assert generate([*given[:-2], "--media.sampler", "consistency"]) == 0
+    assert "4; the target was not asked" in capsys.readouterr().err
     assert (found["guarantee"], found["target_calls"], found["draft_calls"]) == ("heuristic", 0, 2)
     assert generate([*given, "--media.steps", "6"]) == 0
     assert "was trained for guidance 2: with 1 the samples" in capsys.readouterr().err
