@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from specstream.benchmark import EqualSeconds, MediaTask, Refined, Student
+from specstream.benchmark.command import main
 from specstream.benchmark.media_counts import draft_passes, target_rounds
 from specstream.benchmark.media_methods import MediaModels, MediaSetting
 from specstream.benchmark.media_rows import MediaRowMaker
@@ -97,6 +98,10 @@ def test_a_student_stands_beside_the_plain_target_of_as_many_calls(
     assert own["round_ratio"] is None and own["draft_passes"] == own["num_steps"] == 2
     assert own["guarantee"] == "heuristic" and own["eta"] == same["eta"] == 0
     assert same["rounds"] == same["num_steps"] == 2 and plain["num_steps"] == STEPS
+    config = write_study(tmp_path, toy(models, guidance=2.0), [PLAIN, two])
+    assert main(["--config", config, "--output", str(tmp_path / "never.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()  # nothing was measured before
+    assert "method 'two': the student has learned guidance 1, and the task's is 2" in line
     loaded = MediaModels(str(models / "target"), "cpu")
     with pytest.raises(ValueError, match="has learned guidance 1, and the task's is 2"):
         Student("s", str(tmp_path / "student")).pipeline(loaded, MediaSetting(STEPS, 1.0, 2.0))

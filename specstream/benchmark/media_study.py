@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specstream.benchmark.media_curves import CurvePoint, SolverCurve
 from specstream.benchmark.media_methods import (
+    EqualRounds,
     MediaModels,
     MediaSetting,
     PlainSteps,
@@ -107,9 +108,14 @@ class MediaTask:
         told = {name: value[chosen] for name, value in samples.condition.items()}
         return Samples(samples.states[chosen], **told)
 
-    def check_shape(self, wanted: tuple[int, ...], held_out: Samples) -> None:
-        """Raise ValueError where the target's states are not the data's."""
-        found = tuple(held_out.states.shape[1:])
+    def check_target(self, models: MediaModels, held_out: Samples) -> None:
+        """Raise ValueError where the target's states are not the data's, or it cannot be guided."""
+        processor = models.processor
+        if self.guidance != 1 and not (processor.classes or processor.text_size):
+            raise ValueError(
+                f"task '{self.name}': guidance is the weight of a prompt, and its target takes none"
+            )
+        wanted, found = models.target.shape, tuple(held_out.states.shape[1:])
         if found != wanted:
             raise ValueError(
                 f"task '{self.name}': the target's states are {list(wanted)}, the data's "
@@ -211,7 +217,8 @@ class MediaStudy(Study):
         for task in self._tasks:
             data = task.held_out()
             models = MediaModels(task.target, self.device, data.text)
-            task.check_shape(models.target.shape, data)
+            task.check_target(models, data)
+            self._build(task, models)
             held_out = data.states
             dtype = str(models.target.dtype).removeprefix("torch.")
             machine = describe_machine(models.place, dtype, arguments)
@@ -223,6 +230,13 @@ class MediaStudy(Study):
             rows = list(self.solve(task, models, held_out, machine))
             if rows:
                 yield rows
+
+    def _build(self, task: MediaTask, models: MediaModels) -> None:
+        """Raise ValueError for what a method cannot do, before hours are spent on the others."""
+        for setting in task.settings:
+            for method in self._methods(task):
+                if not isinstance(method, EqualRounds) and method.refusal(setting) is None:
+                    method.pipeline(models, setting)
 
     def measure(
         self,
