@@ -16,8 +16,8 @@ from specstream.generation.refinement import RefinementPipeline
 from specstream.generation.solvers import AdamsBashforth2, DPMSolver2M, SolverPipeline
 from specstream.metrics import energy_test
 from specstream.models import Denoiser, FlowSchedule
-from specstream.structures import KnownParts
-from specstream.transitions import Prediction, mean_square
+from specstream.structures import KnownParts, StateContext
+from specstream.transitions import Prediction, StepGrid, mean_square
 from specstream.verification import AdaptiveThreshold
 from specstream.verification.gaussian import ReflectionCoupling
 from tests.denoising_toys import KeepsAll, mixture_model
@@ -69,6 +69,26 @@ def test_drafts_keep_the_law_of_the_plain_sampler_that_holds_the_same(
     assert (found.p_value > 0.01) == exact
     assert pipeline.stats.full_rounds < 0.8 * ROWS * STEPS
     assert pipeline.stats.law == "the target's, held to what is given"
+
+
+class Mistaken(IndependentDenoiser):
+    """Says what the target says, but for the numbers in front, where it is far off."""
+
+    def estimate(
+        self, states: Tensor, steps: Tensor, context: StateContext, grid: StepGrid
+    ) -> Tensor:
+        said = super().estimate(states, steps, context, grid).clone()
+        said[:, :GIVEN] += 50
+        return said
+
+
+def test_whether_a_draft_stands_is_decided_by_what_is_to_be_made() -> None:
+    model = mixture_model()
+    pipeline = DenoisingPipeline(model, STEPS, drafter=Mistaken(model), lengths=FixedLength(8))
+    pipeline.complete(4, seed=0, known=known(4, model))
+    assert pipeline.stats.acceptance == 1
+    pipeline.complete(4, seed=0, known=known(4, model, given=GIVEN - 1))
+    assert pipeline.stats.acceptance == 0
 
 
 def test_what_is_made_goes_with_what_is_given() -> None:
