@@ -57,7 +57,7 @@ def check_picture(opened: Picture) -> None:
     if opened.mode not in BYTES:
         raise ValueError(f"its numbers are of kind {opened.mode}; save it with 8 bits a channel")
     count = getattr(opened, "n_frames", 1)
-    if count > 1:
+    if count > 1 and opened.format != "MPO":  # a phone's picture, with a preview behind it
         raise ValueError(f"it holds {count} pictures, not one")
     if not opened.has_transparency_data:
         return

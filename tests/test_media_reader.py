@@ -62,6 +62,13 @@ def test_a_photograph_is_read_the_right_way_up(tmp_path: Path) -> None:
     assert torch.allclose(read_picture(str(tmp_path / "lying.png"), 3), right)
 
 
+def test_of_a_picture_with_a_preview_behind_it_the_picture_is_read(tmp_path: Path) -> None:
+    """As phones write them."""
+    picture, preview = Image.fromarray(COLOURS), Image.fromarray(COLOURS[::2, ::2])
+    picture.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[preview])
+    assert read_picture(str(tmp_path / "phone.jpg"), 3).shape == (3, 4, 6)
+
+
 @pytest.mark.parametrize(
     ("number", "reason"),
     [
