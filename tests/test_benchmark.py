@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from specstream.benchmark import Speculative
 from specstream.benchmark.command import main
+from specstream.benchmark.tables import make_tables, markdown
 from specstream.data.tokenizer import train_tokenizer
 from specstream.drafters import DraftModel
 from specstream.drafters.loading import save_drafter
@@ -131,6 +133,25 @@ def test_every_method_is_measured_and_greedy_text_is_the_targets(
     assert by_name["fixed"]["mean_length"] == 3
     assert by_name["fixed"]["tau"] > by_name["untrained"]["tau"]
     assert (tmp_path / "toy-speedup.png").is_file() and (tmp_path / "toy-alpha.png").is_file()
+
+
+def test_a_drafter_in_int8_is_a_row_of_its_own_beside_the_same_one(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"lengths": fixed(3)}
+    methods = [
+        block("Plain"),
+        block("Speculative", name="coarse", quantize="int8_weight_only", **options),
+        block("Speculative", name="as it is", **options),
+    ]
+    greedy = setting("greedy", methods, sampling={"temperature": 0})
+    rows = measure(write_study(models, tmp_path, [greedy]), tmp_path / "toy.json", capsys)
+    assert [row["identical"] for row in rows] == [None, True, True]
+    assert rows[0]["bytes_ratio"] is rows[2]["bytes_ratio"] is None
+    assert 0.5 < rows[1]["bytes_ratio"] < 1
+    assert "| int8 / bf16 bytes |" in markdown(make_tables(rows)[0])
+    with pytest.raises(ValueError, match="'copies' has no draft whose weights could be int8"):
+        Speculative("copies", draft=None, lookup=True, quantize="int8_dynamic")
 
 
 def test_the_bound_follows_from_the_measured_times(

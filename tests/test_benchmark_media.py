@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from specstream.benchmark import (
     EqualRounds,
@@ -20,6 +21,7 @@ from specstream.benchmark import (
 from specstream.benchmark.command import main
 from specstream.benchmark.media_methods import MediaModels, MediaSetting
 from specstream.benchmark.readme import render
+from specstream.benchmark.tables import make_tables, markdown
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import CostModelLength
 from specstream.generation.media_loading import SamplerOptions, load_media_run
@@ -99,6 +101,34 @@ def test_every_way_to_draw_gets_a_row_of_costs_and_laws(
     assert f"**toy, {STEPS} steps, eta 1 ({SAMPLES} samples, " in section
     assert "| method | steps | eta | rounds | fewer rounds |" in section
     assert "toy-rounds.png" in section
+
+
+def test_a_row_says_what_became_int8_and_of_which_law_it_is(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"run": str(models / "residual"), "window": 4}
+    methods = [
+        PLAIN,
+        method("TrainedDraft", "both", quantize="both", **options),
+        method("TrainedDraft", "coarse", quantize="drafter", **options),
+        method("TrainedDraft", "as it is", **options),
+        method("EqualRounds", "same", method="both"),
+    ]
+    rows = measure(write_study(tmp_path, toy(models), methods), tmp_path / "toy.json", capsys)
+    found = {row["method"]: row for row in rows}
+    assert [found[name]["bytes_ratio"] for name in ("plain", "as it is", "same")] == [None] * 3
+    assert found["both"]["law"] == "the target's (target in int8)"
+    assert {found[name]["law"] for name in found if name != "both"} == {"the target's"}
+    target = MediaModels(str(models / "target"), "cpu")
+    drafter = target.drafter(options["run"], 1.0)
+    numbers, held = 0, 0
+    for model, name in ((drafter, "coarse"), (target.target, "both")):
+        weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+        numbers += sum(weight.numel() for weight in weights)
+        held += sum(weight.numel() + 5 * len(weight) for weight in weights)
+        assert found[name]["bytes_ratio"] == pytest.approx(held / numbers / 2, rel=1e-4)
+    table = markdown(make_tables(rows)[0])
+    assert "| int8 / bf16 bytes |" in table and "| exact law of the target's (target in" in table
 
 
 def test_a_row_is_of_what_the_pipeline_drew(

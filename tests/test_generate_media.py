@@ -87,6 +87,26 @@ def test_compare_writes_the_plain_samples_beside(draft_run: Path, tmp_path: Path
     assert "x.png' exists; give --overwrite true" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("models", ["drafter", "target", "both"])
+def test_models_become_int8_and_the_statistics_say_so(
+    models: str, draft_run: Path, tmp_path: Path, capsys
+) -> None:
+    output, stats = tmp_path / "x.png", tmp_path / "stats.json"
+    arguments = ["--run", str(draft_run), "--prompt", "a", "--output", str(output)]
+    arguments += ["--media.steps", "8", "--quantize", models, "--stats", str(stats)]
+    assert generate([*arguments, "--quantize_method", "int8_dynamic"]) == 0
+    shown, found = capsys.readouterr().err, json.loads(stats.read_text())
+    roles = ["target", "drafter"] if models == "both" else [models]
+    assert list(found["quantized"]) == roles and found["guarantee"] == "exact law"
+    own = "the target's" if models == "drafter" else "the target's (target in int8)"
+    assert found["law"] == own
+    for role in roles:
+        made = found["quantized"][role]
+        layers = f"{role}: {made['linear_layers']} linear layers (int8_dynamic), "
+        assert layers in shown and f"{role}: {made['bytes']:,}, {made['bytes_ratio']:.3f}x" in shown
+        assert f"not converted    {role}: biases " in shown
+
+
 @pytest.mark.parametrize(
     "kind, shape, patch", [("video", (1, 3, 4, 4), (1, 2, 2)), ("audio", (1, 64), (8,))]
 )
@@ -125,6 +145,16 @@ def test_videos_and_sounds_are_written_as_files_that_open(
             "window auto is for drafted steps; picard's window is a number",
         ),
         (["--prompt", "a", "--compare", "true"], "this is the plain target already"),
+        (["--prompt", "a", "--quantize", "drafter"], "no drafter with weights of its own"),
+        (
+            ["--prompt", "a", "--quantize", "both", "--media.free_draft", "estimate"],
+            "quantize both: there is no drafter with weights of its own",
+        ),
+        (
+            ["--prompt", "a", "--quantize", "target", "--media.sampler", "consistency"],
+            "asks the student alone, and it is the drafter: quantize that",
+        ),
+        (["--prompt", "a", "--quantize_method", "int8_dynamic"], "says how --quantize converts"),
         (["--prompt", "a", "--media.devices", "2"], "2 asked for, but cpu is one device"),
         (["--prompt", "a", "--batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["--prompt", "", "--media.guidance", "3"], "guidance: is the weight of a prompt, and the"),

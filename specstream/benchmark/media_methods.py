@@ -5,6 +5,7 @@ A further method is a frozen dataclass that makes a `DenoisingSampler`; nothing 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,11 +22,13 @@ from specstream.drafters.state_loading import RECORD, load_state_drafter
 from specstream.generation import DraftLength
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
-from specstream.generation.loading import find_device
+from specstream.generation.loading import Quantized, find_device
 from specstream.generation.media_loading import Window, drafted_lengths, free_drafter
+from specstream.generation.media_quantization import quantize_denoisers
 from specstream.generation.solvers import Solver, SolverPipeline
 from specstream.media_processor import load_media_processor
-from specstream.models.denoiser import load_denoiser
+from specstream.models.denoiser import Denoiser, load_denoiser
+from specstream.models.quantization import USUAL, Method
 from specstream.sampling import Noise, Role
 from specstream.structures import Stats
 
@@ -110,11 +113,15 @@ class MediaModels:
         )
 
     def drafted(
-        self, setting: MediaSetting, drafter: StateDrafter, lengths: DraftLength
+        self,
+        setting: MediaSetting,
+        drafter: StateDrafter,
+        lengths: DraftLength,
+        target: Denoiser | None = None,
     ) -> DenoisingPipeline:
-        """Return the sampler that verifies drafted steps exactly."""
+        """Return the sampler that verifies drafted steps exactly; a `target` replaces the own."""
         return DenoisingPipeline(
-            self.target,
+            target or self.target,
             setting.num_steps,
             setting.eta,
             guidance=setting.guidance,
@@ -302,12 +309,18 @@ class TrainedDraft(DraftedSteps):
         name: what the table calls it.
         run: a run folder, or its draft/.
         window: steps that are drafted in a round, at most; auto: measured costs choose.
+        quantize: what is int8 here, "drafter", "target" or "both"; what is not keeps the dtype it
+            has in the other rows.  The law of a target in int8 is not the plain sampler's, which
+            the row says.
+        quantize_method: int8_weight_only or int8_dynamic.
         tasks: names of the tasks it is for; null for all.
     """
 
     name: str
     run: str
     window: Window = 8
+    quantize: Quantized = "none"
+    quantize_method: Method = USUAL
     tasks: list[str] | None = None
     kind = "trained draft"
 
@@ -322,7 +335,11 @@ class TrainedDraft(DraftedSteps):
                 f"method '{self.name}': the drafter of '{self.run}' guesses {drafter.num_steps} "
                 f"steps at once, not {given}"
             )
-        return models.drafted(setting, drafter, drafted_lengths(drafter, self.window))
+        target = models.target
+        if self.quantize != "none":  # copies: the other rows draw with the models as they are
+            target, drafter = copy.deepcopy((target, drafter))
+            quantize_denoisers(target, drafter, self.quantize, self.quantize_method)
+        return models.drafted(setting, drafter, drafted_lengths(drafter, self.window), target)
 
 
 def missing_drafter(method: str, run: str) -> str | None:

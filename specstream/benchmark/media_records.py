@@ -67,6 +67,8 @@ class MediaRow:
 
     `acceptance` is the share of drafted steps that stand, of a refinement that of the parts that
     are kept; `alphas` is the acceptance by place in the window, given that all before it stood.
+    `bytes_ratio` is over the layers that became int8: their bytes as they are held, scales
+    included, over those of bfloat16; None where none did.
     """
 
     study: str = "media"
@@ -88,6 +90,7 @@ class MediaRow:
     comparison: PlainRatio
     acceptance: float | None
     alphas: list[float]
+    bytes_ratio: float | None
     machine: Machine
 
 

@@ -28,6 +28,7 @@ from specstream.metrics import (
     psnr,
     temporal_consistency,
 )
+from specstream.models.quantization import bytes_ratio
 from specstream.spectrogram import LogMel
 from specstream.structures import Stats
 
@@ -156,6 +157,7 @@ class MediaRowMaker:
             ),
             acceptance=stats.acceptance,
             alphas=stats.alphas if isinstance(each.method, DraftedSteps) else [],
+            bytes_ratio=bytes_ratio(stats.quantized),
             machine=self.machine,
         )
 

@@ -152,6 +152,8 @@ class Speculative(Method):
         verifier: which guesses stand.
         lengths: how many tokens are drafted.
         batch_size: prompts decoded at once.
+        quantize: int8 for the drafter, int8_weight_only or int8_dynamic; the target stays as it is,
+            and so does its law.
     """
 
     name: str
@@ -160,11 +162,14 @@ class Speculative(Method):
     verifier: TokenVerifier = field(default_factory=TokenRejection)
     lengths: DraftLength = field(default_factory=CostModelLength)
     batch_size: int = 1
+    quantize: Literal["none", "int8_weight_only", "int8_dynamic"] = "none"
 
     def __post_init__(self) -> None:
         check_batch_size(self.batch_size)
         if self.draft is None and not self.lookup:
             raise ValueError(f"method '{self.name}' has neither a draft nor lookup")
+        if self.draft is None and self.quantize != "none":
+            raise ValueError(f"method '{self.name}' has no draft whose weights could be int8")
 
     @property
     def label(self) -> str:
@@ -187,7 +192,7 @@ class Speculative(Method):
     def _drafter(self, pair: Pair) -> Drafter:
         if self.draft is None:
             return PromptLookup(pair.target)
-        drafter = pair.drafter(self.draft)
+        drafter = pair.drafter(self.draft, self.quantize)
         return CountedLookupFirst(pair.target, lambda _: drafter) if self.lookup else drafter
 
 

@@ -18,8 +18,9 @@ from specstream.benchmark.prompts import PromptSource
 from specstream.drafters import Drafter, DraftModel
 from specstream.drafters.loading import RECORD, load_drafter
 from specstream.files import is_hub_id
-from specstream.generation.loading import find_device
+from specstream.generation.loading import check_shares_nothing, find_device
 from specstream.models import PretrainedLM
+from specstream.models.quantization import quantize
 from specstream.processors import TextProcessor
 
 M = TypeVar("M", bound=nn.Module)
@@ -89,14 +90,21 @@ class Pair:
         self.processor = TextProcessor.from_pretrained(task.target)
         # `generate` fills what a call leaves open from here: nothing, not even an end of sequence
         self.target.model.generation_config = GenerationConfig()
-        self._drafters: dict[DraftKind, Drafter] = {}
+        self._drafters: dict[tuple[DraftKind, str], Drafter] = {}
 
-    def drafter(self, kind: DraftKind) -> Drafter:
-        """Return one of the task's drafters; ValueError when the task has none of this kind."""
-        if kind not in self._drafters:
+    def drafter(self, kind: DraftKind, quantized: str = "none") -> Drafter:
+        """Return one of the task's drafters, `quantized` by a method of `quantize` or not.
+
+        Raises ValueError when the task has none of this kind, or none that can be converted.
+        """
+        if (kind, quantized) not in self._drafters:
             path = self.task.draft_path(kind)
-            self._drafters[kind] = self._fresh() if kind == "untrained" else self.load_drafter(path)
-        return self._drafters[kind]
+            drafter = self._fresh() if kind == "untrained" else self.load_drafter(path)
+            if quantized != "none":
+                check_shares_nothing(drafter)
+                quantize(drafter, quantized)
+            self._drafters[kind, quantized] = drafter
+        return self._drafters[kind, quantized]
 
     def draft_lm(self, kind: DraftKind) -> PretrainedLM:
         """Return the drafter's language model; ValueError when it is not one."""

@@ -41,7 +41,11 @@ class Speedups:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What our pipelines count; a peer does not."""
+    """What our pipelines count; a peer does not.
+
+    `bytes_ratio` is over the layers that became int8: their bytes as they are held, scales
+    included, over those of bfloat16; None where none did.
+    """
 
     tau: float | None = None
     alpha: float | None = None
@@ -51,6 +55,7 @@ class Counts:
     target_calls: int | None = None
     draft_calls: int | None = None
     guarantee: str | None = None
+    bytes_ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from specstream.benchmark.rows import Agreement, Bound, Counts, Machine, SpeedRo
 from specstream.benchmark.runners import PipelineRunner
 from specstream.benchmark.timing import Measured, median_costs, ratio_interval
 from specstream.generation import Limits, SpeculativePipeline
+from specstream.models.quantization import bytes_ratio
 from specstream.sampling import Sampling
 
 
@@ -120,6 +121,7 @@ def counts(best: Measured) -> Counts:
         target_calls=stats.target_calls,
         draft_calls=stats.draft_calls,
         guarantee=stats.guarantee.value,
+        bytes_ratio=bytes_ratio(stats.quantized),
     )
 
 

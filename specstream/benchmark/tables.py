@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from specstream.models.quantization import IN_INT8
+
 JsonRow = dict[str, Any]
 
 
@@ -92,6 +94,13 @@ def drafters_own(key: str, form: str) -> Callable[[JsonRow], str]:
 def weaker_guarantee(row: JsonRow) -> str:
     """Return what a method promises where that is less than the target's law."""
     return "" if row["guarantee"] == "exact law" else str(row["guarantee"])
+
+
+def promised(row: JsonRow) -> str:
+    """Return what a method promises where that is less, or where its target became int8."""
+    if row["law"].endswith(IN_INT8):
+        return f"{row['guarantee']} of {row['law']}"
+    return weaker_guarantee(row)
 
 
 def qualities(rows: Sequence[JsonRow]) -> list[Column]:
@@ -193,6 +202,7 @@ SPEED = [
     Column("vs assisted", times("speedup_vs_hf_assisted")),
     Column("vs batch 1", times("speedup_vs_batch_1")),
     Column("same text", same),
+    Column("int8 / bf16 bytes", number("bytes_ratio", ".3f")),
     Column("repeated 4-grams", number("repeated_4grams", ".0%")),
 ]
 DISTILLATION = [
@@ -283,9 +293,10 @@ MEDIA = [
     Column("distance to data", with_noise("data_distance", "data_noise")),
     Column("to plain samples", with_noise("plain_distance", "plain_noise")),
     Column("p", number("plain_p_value", ".3f")),
+    Column("int8 / bf16 bytes", number("bytes_ratio", ".3f")),
     Column("frame change", number("temporal_consistency", ".2f")),
     Column("spectrum, dB", number("spectrum_distance", ".2f")),
-    Column("guarantee", weaker_guarantee),
+    Column("guarantee", promised),
 ]
 SOLVERS = [
     Column("method", lambda row: row["method"]),

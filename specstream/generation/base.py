@@ -19,7 +19,7 @@ from specstream.generation.target_pass import target_pass
 from specstream.models.cache import SlotCache, bucket
 from specstream.models.compilation import compile_shapes
 from specstream.models.pretrained_lm import PretrainedLM
-from specstream.models.quantization import quantization_report
+from specstream.models.quantization import quantization_report, quantized_law
 from specstream.models.walk import walk
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise, Sampling
@@ -135,7 +135,9 @@ class TextPipeline(Pipeline):
         """Read the prompts and run one batch to its end, yielding the steps of each round."""
 
     def _new_stats(self) -> Stats:
-        return Stats("text", self.guarantee, quantized=self._quantized())
+        quantized = self._quantized()
+        law = quantized_law("the target's", quantized)
+        return Stats("text", self.guarantee, quantized=quantized, law=law)
 
     def _quantized(self) -> dict[str, Any]:
         report = quantization_report(self.target)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.lengths import FixedLength
@@ -40,6 +40,10 @@ class ConsistencyPipeline(DenoisingSampler):
         few = student.few(num_steps)  # what it refuses is refused here
         super().__init__(target, num_steps, 0.0, student.guidance, FixedLength(0), batch_size)
         self.grid = few.to(target.device)
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        return {"drafter": self.student}
 
     @property
     def guarantee(self) -> Guarantee:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specstream.drafters.denoising import StateDrafter
 from specstream.drafters.residual import check_features
@@ -80,6 +80,10 @@ class DenoisingPipeline(DraftingSampler[StateDraft]):
         lengths = lengths or FixedLength(0 if drafter is None else 8)
         super().__init__(target, num_steps, eta, guidance, lengths, batch_size, costs)
         self.last_drawn = int((step_stds(self.grid, eta) > 0).sum())  # steps that have a law
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        return super().models | ({} if self.drafter is None else {"drafter": self.drafter})
 
     @property
     def guarantee(self) -> Guarantee:

@@ -19,10 +19,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specstream.generation.lengths import DraftLength, RowLength, StepCosts
 from specstream.models.denoiser import Denoiser, Evaluation
+from specstream.models.quantization import quantization_report, quantized_law
 from specstream.sampling import Noise, Role
 from specstream.structures import Guarantee, KnownParts, StateContext, StateStep, Stats
 from specstream.transitions import place_known
@@ -31,7 +32,7 @@ from specstream.transitions import place_known
 class DenoisingSampler(ABC):
     """Draws samples of a diffusion model; `samples` and `stats` hold those of the last run.
 
-    The constructor reads `guarantee` and `law`: a subclass sets what these need before.
+    The constructor reads `guarantee`, `law` and `models`: a subclass sets what these need before.
 
     Args:
         target: the diffusion model.
@@ -69,6 +70,11 @@ class DenoisingSampler(ABC):
     @abstractmethod
     def guarantee(self) -> Guarantee:
         """What a run promises of its samples, relative to `law`."""
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The networks that draw, by role; `stats` say which of them are int8."""
+        return {"target": self.target.network}
 
     @property
     def law(self) -> str:
@@ -298,4 +304,7 @@ class DenoisingSampler(ABC):
             yield from steps
 
     def _new_stats(self) -> Stats:
-        return Stats("media", self.guarantee, law=self.law)
+        reports = {role: quantization_report(model) for role, model in self.models.items()}
+        quantized = {role: report for role, report in reports.items() if report is not None}
+        law = quantized_law(self.law, quantized)
+        return Stats("media", self.guarantee, law=law, quantized=dict(quantized))

@@ -140,6 +140,7 @@ class DraftingSampler(DenoisingSampler, Generic[DraftT]):
             sorted((name, tuple(value.shape)) for name, value in condition.items()),
             num_rows,
             self.drafter_parts,
+            self.stats.quantized,
             self.lengths.choices,
         )
 

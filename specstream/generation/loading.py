@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import nn
 
@@ -23,7 +23,7 @@ from specstream.generation.lengths import DraftLength
 from specstream.generation.speculative import SpeculativePipeline
 from specstream.models.pretrained_lm import PretrainedLM
 from specstream.models.pretrained_masked import PretrainedMaskedLM
-from specstream.models.quantization import quantize
+from specstream.models.quantization import USUAL, quantize
 from specstream.processors import TextProcessor
 from specstream.sampling import Sampling
 from specstream.verification import TokenVerifier
@@ -31,7 +31,8 @@ from specstream.verification import TokenVerifier
 if TYPE_CHECKING:
     import torch
 
-QUANTIZED = ("none", "target", "drafter", "both")
+Quantized = Literal["none", "target", "drafter", "both"]
+QUANTIZED = get_args(Quantized)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -50,6 +51,7 @@ def load_run(
     device: str = "auto",
     attn_implementation: str = "sdpa",
     quantize_models: str = "none",
+    quantize_method: str = USUAL,
 ) -> TextPipeline:
     """Load a run folder for generation: its drafter with its target, or a trained model alone.
 
@@ -83,6 +85,7 @@ def load_run(
         chat=chat,
         device=device,
         quantize_models=quantize_models,
+        quantize_method=quantize_method,
     )
 
 
@@ -100,14 +103,15 @@ def build_pipeline(
     chat: bool = False,
     device: str = "auto",
     quantize_models: str = "none",
+    quantize_method: str = USUAL,
 ) -> TextPipeline:
     """Put models together for decoding: speculative with a drafter, plain without one.
 
     `drafter` builds the drafter from the target.  `lookup` lets it copy from the text where a long
     n-gram recurs; without a drafter, looking up is the drafter.  `device` is auto (the first GPU,
-    else the CPU) or a torch device; `quantize_models` is none, target, drafter or both (int8
-    weight-only).  Raises ValueError for models that do not fit together, and for an option that
-    would have no effect.
+    else the CPU) or a torch device; `quantize_models` is none, target, drafter or both and
+    `quantize_method` that of `quantize`.  Raises ValueError for models that do not fit together,
+    and for an option that would have no effect.
     """
     if quantize_models not in QUANTIZED:
         raise ValueError(
@@ -124,20 +128,17 @@ def build_pipeline(
         if verifier is not None or lengths is not None or quantize_models in ("drafter", "both"):
             raise ValueError("there is no drafter: verifier, draft length and its int8 have no use")
         if quantize_models == "target":
-            quantize(target, "int8_weight_only")
+            quantize(target, quantize_method)
         return AutoregressivePipeline(
             target, processor, sampling, limits, batch_size, compile, chat
         )
     guesser = _build_drafter(target, drafter, lookup).eval().requires_grad_(False).to(place)
     check_tokenizers(target, processor, guesser)
-    if guesser.attach() is not None and quantize_models != "none":
-        raise ValueError(
-            f"{type(guesser).__name__} shares the target's weights, which int8 would replace on "
-            "one side only"
-        )
+    if quantize_models != "none":
+        check_shares_nothing(guesser)
     for model, name in ((target, "target"), (guesser, "drafter")):
         if quantize_models in (name, "both"):
-            quantize(model, "int8_weight_only")
+            quantize(model, quantize_method)
     return SpeculativePipeline(
         target,
         guesser,
@@ -163,6 +164,15 @@ def _build_drafter(
     if isinstance(built, CutDraftModel):  # cut for training, in float32
         built.to(target.dtype)
     return LookupFirst(target, lambda _: built) if lookup else built
+
+
+def check_shares_nothing(drafter: Drafter) -> None:
+    """Raise ValueError for a drafter that would compute with weights of its target as they were."""
+    if drafter.attach() is not None:
+        raise ValueError(
+            f"{type(drafter).__name__} shares the target's weights, which int8 would replace on "
+            "one side only"
+        )
 
 
 def check_tokenizers(target: PretrainedLM, processor: TextProcessor, drafter: Drafter) -> None:

@@ -35,7 +35,7 @@ from specstream.generation.canvases import (
 from specstream.generation.masked_costs import TargetPass
 from specstream.models.compilation import compile_shapes
 from specstream.models.pretrained_masked import PretrainedMaskedLM
-from specstream.models.quantization import quantization_report
+from specstream.models.quantization import quantization_report, quantized_law
 from specstream.processors import TextProcessor
 from specstream.sampling import Noise, Role, Sampling, draw, probabilities
 from specstream.structures import Canvas, CanvasStep, Completion, Guarantee, Origin, Stats
@@ -270,11 +270,12 @@ class MaskedPipeline(Pipeline):
         return self.target.without_mask((1 + weight) * seeing - weight * blind)
 
     def _new_stats(self) -> Stats:
+        quantized = self._quantized()
         return Stats(
             "masked text",
             self.guarantee,
-            quantized=self._quantized(),
-            law=self.law,
+            quantized=quantized,
+            law=quantized_law(self.law, quantized),
             full_passes=0.0,
         )
 

@@ -24,7 +24,7 @@ from specstream.generation.masked import MaskedPipeline, Sampler
 from specstream.generation.self_speculative_pipeline import SelfSpeculativePipeline
 from specstream.models.masked_weights import HUB_NETWORKS
 from specstream.models.pretrained_masked import PretrainedMaskedLM
-from specstream.models.quantization import quantize
+from specstream.models.quantization import USUAL, quantize
 from specstream.models.supported import FORM
 from specstream.processors import TextProcessor
 from specstream.unmasking import StaticSchedule
@@ -69,6 +69,7 @@ def load_masked_run(
     device: str = "auto",
     attn_implementation: str = "sdpa",
     quantize_models: str = "none",
+    quantize_method: str = USUAL,
 ) -> MaskedPipeline:
     """Load a run folder: its drafter or head with its target, or a trained model alone.
 
@@ -116,6 +117,7 @@ def load_masked_run(
         compile=compile,
         device=device,
         quantize_models=quantize_models,
+        quantize_method=quantize_method,
     )
 
 
@@ -170,6 +172,7 @@ def build_masked_pipeline(
     compile: bool = False,
     device: str = "auto",
     quantize_models: str = "none",
+    quantize_method: str = USUAL,
 ) -> MaskedPipeline:
     """Put models together: dual diffusion with a drafter, else nested steps or plain sampling.
 
@@ -201,7 +204,7 @@ def build_masked_pipeline(
     target = target.eval().requires_grad_(False).to(place)
     processor = TextProcessor.from_pretrained(target.path)
     if quantize_models in ("target", "both"):
-        quantize(target, "int8_weight_only")
+        quantize(target, quantize_method)
     if drafter is None and nested_steps:
         steps = nested_length(nested_steps, lengths)
         return FreeDavePipeline(target, processor, steps, sampler, batch_size, compile)
@@ -209,7 +212,7 @@ def build_masked_pipeline(
         return MaskedPipeline(target, processor, sampler, batch_size, compile)
     guesser = make_canvas_drafter(target, processor, drafter, sure).to(place)
     if quantize_models in ("drafter", "both"):
-        quantize(guesser, "int8_weight_only")
+        quantize(guesser, quantize_method)
     return DualDiffusionPipeline(
         target,
         guesser,

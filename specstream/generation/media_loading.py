@@ -25,7 +25,8 @@ from specstream.generation.consistency import ConsistencyPipeline
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.lengths import CostModelLength, DraftLength, FixedLength
-from specstream.generation.loading import find_device, spread_devices
+from specstream.generation.loading import Quantized, find_device, spread_devices
+from specstream.generation.media_quantization import quantize_denoisers
 from specstream.generation.picard import PicardPipeline
 from specstream.generation.refinement import RefinementPipeline
 from specstream.generation.refinement_scores import (
@@ -45,6 +46,7 @@ from specstream.models.codec import Compression, PixelCodec
 from specstream.models.consistency import ConsistencyModel
 from specstream.models.denoiser import FORM, Denoiser
 from specstream.models.pretrained_denoiser import PretrainedDenoiser
+from specstream.models.quantization import USUAL
 from specstream.models.state_shape import MediaSize, shape_of_size
 from specstream.verification.quality import AdaptiveThreshold
 
@@ -85,6 +87,8 @@ class SamplerOptions:
     devices: int = 1
     size: MediaSize = field(default_factory=MediaSize)
     frame_rate: float | None = None
+    quantize_models: Quantized = "none"
+    quantize_method: str = USUAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +240,13 @@ def media_sampler(
     usual = 1 if isinstance(target, PretrainedDenoiser) else MOST_AT_ONCE
     refinement = options.refinement
     size = usual if options.batch_size is None else options.batch_size
-    if options.sampler == "consistency" and refinement is None:
+    is_alone = options.sampler == "consistency" and refinement is None
+    if is_alone and options.quantize_models in ("target", "both"):
+        raise ValueError(
+            "sampler consistency asks the student alone, and it is the drafter: quantize that"
+        )
+    quantize_denoisers(target, drafter, options.quantize_models, options.quantize_method)
+    if is_alone:
         return few_step_sampler(target, drafter, options, size)
     if options.devices > 1:
         target.spread(spread_devices(target.device, options.devices))

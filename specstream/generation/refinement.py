@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
@@ -81,6 +81,10 @@ class RefinementPipeline(DenoisingSampler):
             drafter or target, draft_steps, eta, guidance, batch_size=batch_size
         )
         self.refined_steps = max(1, round(strength * main_steps))
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        return super().models | ({} if self.drafter is None else {"drafter": self.drafter})
 
     @property
     def guarantee(self) -> Guarantee:

@@ -33,7 +33,7 @@ from specstream.models.pretrained_parts import (
     network_class,
     read_parts,
 )
-from specstream.models.quantization import METHODS, quantization_report, quantize
+from specstream.models.quantization import METHODS, account, quantization_report, quantize
 from specstream.models.scheduler_config import clip_of, schedule_of
 from specstream.models.state_shape import MediaSize, state_shape
 from specstream.models.text_conditions import encode_prompts, read_conditions
@@ -168,6 +168,19 @@ class PretrainedDenoiser(Denoiser):
             "target": made | {"offload": offload},
             "codec": converted(codec, codec_quantized) | {"tile": tiled},
         }
+
+    def quantize(self, method: str) -> None:
+        """Convert the network of a model that is loaded already; `memory` says so from then on.
+
+        A drafter knows its target by its weights as they are stored: it is loaded before.  Raises
+        ValueError where the weights do not stay on one device, and for a network that is int8.
+        """
+        if self.offloaded:
+            raise ValueError("offload and quantize do not go together; choose one")
+        if quantization_report(self.network) is not None:
+            raise ValueError("the target is already int8, by its own option quantize; give one")
+        quantize(self.network, method)
+        self.memory["target"] |= quantization_report(self.network) or {}
 
     def spread(self, devices: Sequence[torch.device]) -> None:
         if self.offloaded:
@@ -343,7 +356,7 @@ def converted(model: nn.Module, method: str) -> dict[str, Any]:
     try:
         quantize(model, method)
     except ValueError as error:
-        return nothing | {"reason": str(error)}
+        return account(model) | {"method": "none", "reason": str(error)}
     return quantization_report(model) or nothing
 
 

@@ -123,10 +123,13 @@ def test_a_drafter_can_be_cut_from_the_target_without_training(target: Path) -> 
     assert pipeline.stats.acceptance is not None
 
 
-def test_the_statistics_say_what_became_int8(run: Path) -> None:
-    pipeline = load_run(run, quantize_models="drafter", dtype="float32")
+@pytest.mark.parametrize("method", ["int8_weight_only", "int8_dynamic"])
+def test_the_statistics_say_what_became_int8(method: str, run: Path) -> None:
+    pipeline = load_run(run, quantize_models="drafter", quantize_method=method, dtype="float32")
     assert list(pipeline.stats.quantized) == ["drafter"]
-    assert pipeline.stats.quantized["drafter"]["linear_layers"] > 0  # type: ignore[index]
+    report = pipeline.stats.quantized["drafter"]
+    assert isinstance(report, dict) and report["method"] == method and report["linear_layers"] > 0
+    assert pipeline.stats.law == "the target's"  # which is as it was
 
 
 @pytest.mark.parametrize("models", ["target", "drafter", "both"])

@@ -15,6 +15,7 @@ from specstream.drafters import FrozenEstimate
 from specstream.drafters.state_loading import check_shapes
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import FixedLength
+from specstream.generation.media_loading import SamplerOptions, media_of_target
 from specstream.models import PretrainedDenoiser
 from specstream.sampling import Noise, Role
 from tests.diffusers_toys import fresh, save_pipeline, save_video_pipeline
@@ -134,12 +135,28 @@ def test_what_was_converted_is_reported_and_what_could_not_be(image: str, video:
     assert target.memory["target"]["linear_layers"] > 0
     assert target.memory["codec"]["linear_layers"] == 0
     assert list(target.quantized) == ["target"]
+    assert target.memory["codec"]["not_converted"] == {}  # pixels need no weights
     assert "PixelCodec has no linear layer" in target.memory["codec"]["reason"]
     DenoisingPipeline(target, 2).complete(1, seed=0)
     target = told(video, quantize="int8_dynamic", tile=True)
     assert target.memory["target"]["method"] == "int8_dynamic"
     assert target.memory["codec"]["tile"] is True
     assert DenoisingPipeline(target, 2).complete(1, target.condition([""])).isfinite().all()
+
+
+def test_a_network_that_is_loaded_can_become_int8_once(image: str) -> None:
+    target = loaded(image)
+    options = SamplerOptions(num_steps=2, quantize_models="target", free_draft="estimate")
+    run = media_of_target(target, options)
+    run.pipeline.complete(1)
+    assert run.pipeline.stats.law == "the target's (target in int8)"
+    made = target.memory["target"]
+    assert made["offload"] == "none" and made == run.pipeline.stats.quantized["target"] | made
+    assert made["not_converted"]["convolutions"] > 0.5
+    with pytest.raises(ValueError, match="already int8"):
+        media_of_target(target, options)
+    with pytest.raises(ValueError, match="already int8"):
+        media_of_target(loaded(image, quantize="int8_weight_only"), options)
 
 
 def test_prompts_are_encoded_by_the_text_encoder_of_the_pipeline(

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from specstream.drafters import DraftModel, PromptLookup
 from specstream.generation import (
@@ -15,7 +16,7 @@ from specstream.generation import (
     SpeculativePipeline,
 )
 from specstream.models import PretrainedLM, UntrainedLM
-from specstream.models.quantization import quantization_report, quantize
+from specstream.models.quantization import bytes_ratio, quantization_report, quantize
 from specstream.sampling import Sampling
 from tests.toys import chi_square, count_tokens, joint_law, letters, nearby, toy_lm
 
@@ -44,14 +45,65 @@ def test_weights_become_int8_and_the_model_stays_close(
 
 
 def test_the_report_counts_what_was_converted(plain: PretrainedLM, quantized: PretrainedLM) -> None:
-    linear = [m for m in plain.modules() if isinstance(m, torch.nn.Linear)]
-    share = sum(m.weight.numel() for m in linear) / sum(p.numel() for p in plain.parameters())
+    linear = [m for m in plain.modules() if isinstance(m, nn.Linear)]
+    numbers = sum(m.weight.numel() for m in linear)
+    total = sum(p.numel() for p in plain.parameters())
+    rows = sum(m.out_features for m in linear)  # each with a scale in float32 and a zero point
+    held = numbers + 5 * rows
     assert quantization_report(plain) is None
     assert quantization_report(quantized) == {
         "method": "int8_weight_only",
         "linear_layers": len(linear),
-        "share_of_parameters": round(share, 4),
+        "share_of_parameters": round(numbers / total, 4),
+        "bytes_in_bfloat16": 2 * numbers,
+        "bytes": held,
+        "bytes_ratio": round(held / (2 * numbers), 4),
+        "not_converted": {
+            "embeddings": round(16 * 32 / total, 4),
+            "norms": round(5 * 32 / total, 4),  # two of each layer, and the last
+        },
     }
+
+
+def test_what_was_not_converted_is_named_by_kind() -> None:
+    model = nn.ModuleDict(
+        {
+            "table": nn.Embedding(7, 16),
+            "head": nn.Linear(16, 7),
+            "other_table": nn.Embedding(3, 16),
+            "layer": nn.Linear(16, 16),
+            "norm": nn.LayerNorm(16),
+            "convolution": nn.Conv1d(16, 2, 3),
+            "attention": nn.MultiheadAttention(16, 2, bias=False),
+        }
+    )
+    model["head"].weight = model["table"].weight
+    numbers = {"tied_head": 7 * 16, "embeddings": 3 * 16, "norms": 2 * 16, "biases": 7 + 16}
+    numbers |= {"convolutions": 16 * 2 * 3 + 2, "others": 3 * 16 * 16}
+    converted = 2 * 16 * 16  # the layer, and what attention writes
+    total = converted + sum(numbers.values())
+    quantize(model, "int8_weight_only")
+    report = quantization_report(model)
+    assert report is not None and report["linear_layers"] == 2
+    assert report["not_converted"] == {k: round(n / total, 4) for k, n in numbers.items()}
+    assert report["share_of_parameters"] == round(converted / total, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["int8_weight_only", "int8_dynamic"])
+def test_int8_takes_about_half_the_bytes_of_bfloat16_whatever_it_was(
+    dtype: torch.dtype, method: str
+) -> None:
+    wide, narrow = nn.Linear(128, 64, dtype=dtype), nn.Linear(8, 64, dtype=dtype)
+    model = nn.Sequential(wide)
+    quantize(model, method)
+    quantize(narrow, method)
+    report = quantization_report(model)
+    assert report is not None and report["bytes_in_bfloat16"] == 2 * 128 * 64
+    assert 0.5 < report["bytes_ratio"] <= 0.55
+    both = {"target": report, "drafter": quantization_report(narrow), "codec": {"method": "none"}}
+    assert bytes_ratio(both) == pytest.approx((64 * 133 + 64 * 13) / (2 * 64 * 136))
+    assert bytes_ratio({}) is None
 
 
 def test_a_head_tied_to_the_embeddings_stays_as_it_is() -> None:
@@ -78,6 +130,7 @@ def test_greedy_text_is_that_of_the_quantised_target(
     assert [c.tokens for c in found] == [c.tokens for c in expected.complete(prompts)]
     assert set(pipeline.stats.quantized) == {"target", "drafter"}
     assert set(expected.stats.quantized) == {"target"}
+    assert pipeline.stats.law == expected.stats.law == "the target's (target in int8)"
 
 
 def test_the_law_is_that_of_the_quantised_target(quantized: PretrainedLM) -> None:

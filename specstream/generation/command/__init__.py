@@ -104,7 +104,7 @@ def make_media_run(options: Options, target: PretrainedDenoiser | None) -> Media
     """Put together what samples media; ValueError for options that are for text."""
     default = Options()
     own = {"run", "target", "prompt", "output", "overwrite", "batch_size", "seed", "device"}
-    own |= {"compare", "stats", "media", "dtype", "prompts"}
+    own |= {"compare", "stats", "media", "dtype", "prompts", "quantize", "quantize_method"}
     for name in sorted(vars(default).keys() - own):
         if getattr(options, name) != getattr(default, name):
             wrong(name, "is for text, and this is a diffusion model of media")
@@ -122,6 +122,8 @@ def make_media_run(options: Options, target: PretrainedDenoiser | None) -> Media
         frame_rate=media.frame_rate,
         batch_size=None if options.batch_size == Options.batch_size else options.batch_size,
         devices=media.devices,
+        quantize_models=options.quantize,
+        quantize_method=options.quantize_method,
     )
     if target is not None:
         return media_of_target(target, how)
@@ -150,6 +152,7 @@ def make_masked_pipeline(
         "compile": options.compile,
         "device": device,
         "quantize_models": options.quantize,
+        "quantize_method": options.quantize_method,
     }
     if target is not None:
         return build_masked_pipeline(target, options.drafter, **how)
@@ -181,6 +184,7 @@ def make_text_pipeline(options: Options, device: str, target: nn.Module | None) 
         "chat": options.chat,
         "device": device,
         "quantize_models": options.quantize,
+        "quantize_method": options.quantize_method,
     }
     if target is not None:
         return build_pipeline(target, options.drafter, **how)

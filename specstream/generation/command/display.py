@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import TextIO
 
 from specstream.generation.command.comparison import Comparison
+from specstream.models.quantization import USUAL
 from specstream.processors import TextProcessor, TextStream
 from specstream.structures import Origin, Stats, Step
 
@@ -109,14 +110,30 @@ def report_lines(stats: Stats, comparison: Comparison | None = None) -> list[str
     if stats.mean_length is not None and stats.share_plain is not None and stats.draft_calls:
         plain = f"{stats.share_plain:.0%} of the rounds without a draft"
         rows.append(("drafted", f"{stats.mean_length:.2f} tokens a round, {plain}"))
-    for role, made in stats.quantized.items():
-        assert isinstance(made, dict)
-        share = f"{made['share_of_parameters']:.0%} of its parameters"
-        rows.append(("int8 weights", f"{role}: {made['linear_layers']} linear layers, {share}"))
+    rows += quantized_rows(stats)
     if comparison is not None:
         rows += comparison_rows(comparison)
     width = max(len(name) for name, _ in rows) + 2
     return [f"{name:<{width}}{value}" for name, value in rows]
+
+
+def quantized_rows(stats: Stats) -> list[tuple[str, str]]:
+    """Return what became int8, in how many bytes, and what did not, for each model."""
+    rows = []
+    for role, made in stats.quantized.items():
+        assert isinstance(made, dict)
+        if made["method"] == "none":
+            continue
+        how = "" if made["method"] == USUAL else f" ({made['method']})"
+        layers = f"{made['linear_layers']} linear layers{how}"
+        share = f"{made['share_of_parameters']:.0%} of its parameters"
+        size = f"{made['bytes']:,}, {made['bytes_ratio']:.3f}x those of bfloat16"
+        kinds = made["not_converted"].items()
+        left = ", ".join(f"{kind.replace('_', ' ')} {part:.1%}" for kind, part in kinds)
+        rows.append(("int8 weights", f"{role}: {layers}, {share}"))
+        rows.append(("their bytes", f"{role}: {size}"))
+        rows.append(("not converted", f"{role}: {left or 'nothing'}"))
+    return rows
 
 
 def guarantee_of(stats: Stats) -> str:

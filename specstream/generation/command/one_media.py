@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specstream.files import write_whole
 from specstream.generation.command.comparison import REPEATS
-from specstream.generation.command.display import guarantee_of, say
+from specstream.generation.command.display import guarantee_of, quantized_rows, say
 from specstream.generation.command.one_prompt import INTERRUPTED
 from specstream.generation.command.options import Options, wrong
 from specstream.generation.consistency import ConsistencyPipeline
@@ -63,7 +63,7 @@ def generate_media(run: MediaRun, options: Options) -> int:
     run.processor.write(run.media(first), path)
     stats = replace(run.pipeline.stats, modality=run.processor.kind)
     if run.told is not None:
-        stats.quantized = dict(run.told.memory)
+        stats.quantized = stats.quantized | run.told.memory
         for role, made in run.told.memory.items():
             if "reason" in made:
                 say(f"{role}: not quantised: {made['reason']}")
@@ -198,7 +198,7 @@ def media_report(stats: Stats) -> list[str]:
         rows.append(("alpha by step", " ".join(f"{alpha:.2f}" for alpha in stats.alphas)))
     if stats.predicted_ratio is not None:
         rows.append(("by costs", prediction_of(stats)))
-    return as_table(rows)
+    return as_table(rows + quantized_rows(stats))
 
 
 def prediction_of(stats: Stats) -> str:
@@ -233,7 +233,7 @@ def refinement_report(stats: Stats) -> list[str]:
     if stats.draft_calls:  # else the target has drafted for itself
         rows.append(("draft rounds", f"{stats.draft_calls} of a smaller model"))
     rows.append(("refined", f"{1 - stats.acceptance:.1%} of {sum(stats.tested)} parts"))
-    return as_table(rows)
+    return as_table(rows + quantized_rows(stats))
 
 
 def as_table(rows: list[tuple[str, str]]) -> list[str]:

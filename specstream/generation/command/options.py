@@ -18,9 +18,10 @@ from specstream.generation.batch import Limits
 from specstream.generation.command.canvas_options import CanvasOptions
 from specstream.generation.command.media_options import SIZES, MediaOptions
 from specstream.generation.lengths import CostModelLength, DraftLength, FixedLength
-from specstream.generation.loading import find_device, spread_devices
+from specstream.generation.loading import Quantized, find_device, spread_devices
 from specstream.generation.masked import Sampler
 from specstream.generation.media_loading import is_media_run
+from specstream.models.quantization import USUAL, Method
 from specstream.sampling import Sampling
 from specstream.verification import CanvasVerifier, TokenVerifier
 
@@ -68,6 +69,7 @@ class Options:
         attn_implementation: sdpa, eager or another of transformers.
         compile: compile the passes with torch.compile, at the start of the first run.
         quantize: int8 weights for one of the models or both.
+        quantize_method: int8_weight_only, or int8_dynamic, which rounds what comes in as well.
         show_drafts: colour tokens by where they came from.
         compare: also decode with the plain target, three times each, and report the speedup.
         canvas: options of masked diffusion models, `--canvas.steps 16`.
@@ -104,7 +106,8 @@ class Options:
     device: str = "auto"
     attn_implementation: str | None = None
     compile: bool = False
-    quantize: Literal["none", "target", "drafter", "both"] = "none"
+    quantize: Quantized = "none"
+    quantize_method: Method = USUAL
     show_drafts: bool = False
     compare: bool = False
     stats: str | None = None
@@ -207,6 +210,8 @@ def check_options(options: Options) -> None:
     for name in ("compare", "show_drafts"):
         if options.prompts is not None and getattr(options, name):
             wrong(name, "is for one --prompt; python -m specstream.benchmark measures many")
+    if options.quantize == "none" and options.quantize_method != USUAL:
+        wrong("quantize_method", "says how --quantize converts; give --quantize drafter, say")
     _check_paths(options)
     _check_devices(options)
     for part in ("sampling", "limits", "draft_length"):  # their constructors check themselves
