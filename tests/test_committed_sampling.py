@@ -78,7 +78,7 @@ def one_by_one(pipeline: SelfSpeculativePipeline) -> Tensor:
 def test_speculation_draws_the_boards_of_its_sequential_law(
     pipeline: SelfSpeculativePipeline, one_by_one: Tensor
 ) -> None:
-    assert len(one_by_one.unique(dim=0)) > 4
+    assert len(one_by_one.unique(dim=0)) > 2
     assert permutation_test(boards(pipeline, 2), one_by_one) > 0.01
 
 
