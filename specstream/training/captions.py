@@ -5,7 +5,7 @@ P captions; B rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,16 @@ def encode_captions(target: PretrainedDenoiser, prompts: Sequence[str]) -> Encod
     told = {name: value.cpu().clone() for name, value in said.items()}
     text = short_condition(told).get("text")
     return EncodedCaptions(told, 0 if text is None else text.shape[1], target.num_classes)
+
+
+def check_guidance(target: PretrainedDenoiser, guidance: float, told: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a guidance of a target that is told nothing, or knows no nothing."""
+    if guidance == 1:
+        return
+    if not told:
+        raise ValueError("guidance is the weight of a prompt, and this target takes none")
+    for name, value in told.items():
+        target.unconditional(name, value)  # where nothing is known of it, refused here
 
 
 def check_whole(target: PretrainedDenoiser) -> None:

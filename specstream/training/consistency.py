@@ -8,13 +8,14 @@ The nearer state is answered by the same weights, without gradient, not by an av
 as in the published algorithm: Song and Dhariwal (2023) left it out where students learn from data
 alone, and it is left out here.  What is exported is `WeightAveraging`'s, where that is on.
 
-Shapes: B rows, N steps, S the shape of a state.
+Shapes: B rows, R rows of states, N steps, S the shape of a state.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from specstream.training.base import Batch, LossSum, SummedLossModule
 from specstream.training.denoising import check_network, hidden_condition, media_data
 from specstream.training.optimization import Schedule
 from specstream.training.sampling import HeldOutSampling
-from specstream.transitions import Prediction, transition
+from specstream.transitions import Prediction, StepGrid, transition
 
 
 class ConsistencyModule(SummedLossModule):
@@ -68,19 +69,9 @@ class ConsistencyModule(SummedLossModule):
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__(optimizer, schedule)
-        if num_steps < 2:
-            raise ValueError(f"num_steps must be at least 2 for steps to save, got {num_steps}")
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance must be a finite number, got {guidance}")
+        check_distillation(num_steps, guidance, huber, decoding)
         if not 0 <= class_dropout <= 1:
             raise ValueError(f"class_dropout must be in [0, 1], got {class_dropout}")
-        if not 0 < huber < math.inf:
-            raise ValueError(f"huber must be above 0 and finite, got {huber}")
-        if decoding is not None and decoding.guidance != guidance:
-            raise ValueError(
-                f"decoding samples with guidance {decoding.guidance}, but the student learns "
-                f"{guidance}"
-            )
         self.target = load_denoiser(target).eval().requires_grad_(False)
         own = self.target.prediction
         if network is None and prediction not in (None, own):
@@ -123,20 +114,10 @@ class ConsistencyModule(SummedLossModule):
         noisy = levels.add_noise(states, normals)
         hidden = self.class_dropout if self.training else 0.0
         condition = hidden_condition(batch, self.target, hidden, noise)
-        said = self.student(noisy, steps, grid, condition)
         with torch.no_grad():
-            guidance = self.student.guidance
-            estimates = self.target(noisy, steps, grid, condition, guidance)
-            nearer = transition(estimates, noisy, steps, grid, 0.0).means
-            wanted = self.student(nearer, steps + 1, grid, condition)
-        errors = (said - wanted).square().flatten(1).mean(1)
-        real = batch["real"].to(errors)
-        losses = self.pseudo_huber(errors)
-        return LossSum((losses * real).sum(), real.sum(), {"error": (errors.detach() * real).sum()})
-
-    def pseudo_huber(self, squares: Tensor) -> Tensor:
-        """Return the loss (B,) of mean squared errors (B,): sqrt(e + huber^2) - huber."""
-        return (squares + self.huber**2).sqrt() - self.huber
+            estimates = self.target(noisy, steps, grid, condition, self.student.guidance)
+        errors = end_errors(self.student, noisy, estimates, steps, grid, condition)
+        return error_sum(errors, batch["real"], self.huber)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
@@ -153,3 +134,46 @@ class ConsistencyModule(SummedLossModule):
         folder = run / "draft"
         save_state_drafter(folder, IndependentDenoiser(self.student), self.target)
         return folder
+
+
+def check_distillation(
+    num_steps: int, guidance: float, huber: float, decoding: HeldOutSampling | None
+) -> None:
+    """Raise ValueError for numbers that distil nothing, or a validation of something else."""
+    if num_steps < 2:
+        raise ValueError(f"num_steps must be at least 2 for steps to save, got {num_steps}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance must be a finite number, got {guidance}")
+    if not 0 < huber < math.inf:
+        raise ValueError(f"huber must be above 0 and finite, got {huber}")
+    if decoding is not None and decoding.guidance != guidance:
+        raise ValueError(
+            f"decoding samples with guidance {decoding.guidance}, but the student learns {guidance}"
+        )
+
+
+def end_errors(
+    student: ConsistencyModel,
+    states: Tensor,
+    estimates: Tensor,
+    steps: Tensor,
+    grid: StepGrid,
+    condition: Mapping[str, Tensor],
+) -> Tensor:
+    """Return the mean squared distance (R,) of the ends that the student names for two states.
+
+    states (R, *S) stand at `steps` (R,); what the target says there, estimates (R, *S), makes the
+    nearer states, whose ends are what is wanted and carry no gradient.
+    """
+    said = student(states, steps, grid, condition)
+    with torch.no_grad():
+        nearer = transition(estimates, states, steps, grid, 0.0).means
+        wanted = student(nearer, steps + 1, grid, condition)
+    return (said - wanted).square().flatten(1).mean(1)
+
+
+def error_sum(errors: Tensor, real: Tensor, huber: float) -> LossSum:
+    """Return the loss of errors (R,) of which `real` (R,) count: sqrt(e + huber^2) - huber."""
+    real = real.to(errors)
+    losses = (errors + huber**2).sqrt() - huber
+    return LossSum((losses * real).sum(), real.sum(), {"error": (errors.detach() * real).sum()})

@@ -14,7 +14,6 @@ Shapes: B rows, N steps, W windows of a row, L the longest window, S the shape o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,22 +32,19 @@ from specstream.models.pretrained_denoiser import PretrainedDenoiser, find_denoi
 from specstream.sampling import Noise, Role
 from specstream.structures import StateContext
 from specstream.training.base import Batch, LossSum, SummedLossModule
-from specstream.training.captions import EncodedCaptions, check_whole, encode_captions
+from specstream.training.captions import (
+    EncodedCaptions,
+    check_guidance,
+    check_whole,
+    encode_captions,
+)
 from specstream.training.denoising import check_sizes, condition_of, media_data
 from specstream.training.optimization import Schedule
 from specstream.training.sampling import HeldOutSampling
 from specstream.training.step_losses import RejectionProbability, StepLoss
-from specstream.transitions import StepGrid, estimate_weights, step_stds, transition
+from specstream.training.trajectories import draw_trajectories
+from specstream.transitions import StepGrid, estimate_weights, step_stds
 from specstream.verification.gaussian import step_acceptance
-
-
-@dataclass(frozen=True, slots=True)
-class Trajectories:
-    """What the target went through."""
-
-    states: Tensor  # (N, B, *S)
-    estimates: Tensor  # (N, B, *S)
-    features: Tensor | None  # (N, B, P, D) where the drafter reads them
 
 
 class ResidualModule(SummedLossModule):
@@ -145,8 +141,7 @@ class ResidualModule(SummedLossModule):
             target_processor(self.target).check_writer()
         self.captions = encode_captions(self.target, prompts)
         self._check(self.captions.num_classes, self.captions.text_size)
-        for name, value in self.captions.told.items() if self.guidance != 1 else ():
-            self.target.unconditional(name, value)  # where nothing is known of it, refused here
+        check_guidance(self.target, self.guidance, self.captions.told)
 
     def _check(self, num_classes: int, text_size: int) -> None:
         """Raise ValueError for a network that does not fit, or a guidance without prompts."""
@@ -165,8 +160,16 @@ class ResidualModule(SummedLossModule):
         noise = self.epoch_noise()
         keys = batch["keys"]
         condition = self._condition(batch)
-        with torch.no_grad():
-            seen = self._trajectories(keys, condition, grid, noise)
+        seen = draw_trajectories(
+            self.target,
+            keys,
+            condition,
+            grid,
+            self.eta,
+            self.guidance,
+            noise,
+            with_features=self.drafter.feature_size > 0,
+        )
         starts, steps = self._windows(keys, noise)  # (W, B) each
         pick = torch.arange(len(keys), device=keys.device).expand_as(starts)
         # the drafter is asked at `steps`; the target spoke last at `starts`, before them
@@ -215,26 +218,6 @@ class ResidualModule(SummedLossModule):
             return self.drafter.estimate(states, at, context, grid)
         ahead = self.drafter.window(context, grid, self.window)
         return ahead[torch.arange(len(at), device=at.device), at - context.steps]
-
-    def _trajectories(
-        self, keys: Tensor, condition: dict[str, Tensor], grid: StepGrid, noise: Noise
-    ) -> Trajectories:
-        """Draw a sample of the target for each row, and keep the way there."""
-        shape = self.target.shape
-        states = noise.normal(keys, torch.zeros_like(keys), shape, Role.START).float()
-        wanted = self.drafter.feature_size > 0
-        kept, said, thought = [], [], []
-        for step in range(grid.num_steps):
-            steps = torch.full_like(keys, step)
-            found = self.target.evaluate(states, steps, grid, condition, self.guidance, wanted)
-            kept.append(states)
-            said.append(found.estimates)
-            if found.features is not None:
-                thought.append(found.features)
-            law = transition(found.estimates, states, steps, grid, self.eta)
-            states = law.sample(noise.normal(keys, steps, shape, Role.DRAFT))
-        features = torch.stack(thought) if thought else None
-        return Trajectories(torch.stack(kept), torch.stack(said), features)
 
     def _windows(self, keys: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         """Return where the target spoke and where the drafter is asked, (W, B) each.
