@@ -122,8 +122,10 @@ class PretrainedDenoiser(Denoiser):
     def num_classes(self) -> int:
         """How many classes a prompt may name; 0 where prompts are texts or there are none."""
         assert isinstance(self.network, DiffusersNetwork)
-        named = self.network.needs == ("classes",)
-        return int(self.network.model.config.num_embeds_ada_norm) if named else 0
+        if self.network.needs != ("classes",):
+            return 0
+        config = self.network.model.config
+        return int(config.get("num_embeds_ada_norm") or config["num_class_embeds"])
 
     @property
     def kind(self) -> Kind:

@@ -169,6 +169,14 @@ def named(index: dict[str, Any], name: str) -> str:
     return str((index.get(name) or (None, None))[1] or "")
 
 
+def has_part(path: str, name: str) -> bool:
+    """Whether the pipeline of a folder or hub id names a part of that name."""
+    import diffusers
+
+    with one_line(f"cannot read a pipeline from {path!r}"), quiet_diffusers():
+        return bool(named(dict(diffusers.DiffusionPipeline.load_config(path)), name))
+
+
 def read_part(path: str, folder: str, kind: str) -> Part:
     """Return what the config of a part says."""
     import diffusers

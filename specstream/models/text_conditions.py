@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specstream.files import one_line
-from specstream.models.pretrained_parts import Parts, quiet_diffusers
+from specstream.models.pretrained_parts import Parts, has_part, quiet_diffusers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -111,6 +111,11 @@ def encode_prompts(
             "give their embeddings in a file"
         )
     encode = ENCODERS[parts.pipeline]
+    if not has_part(parts.path, "text_encoder"):
+        raise ValueError(
+            f"{parts.path!r} has no text encoder; give the embeddings of prompts in a file, as "
+            "conditions"
+        )
     with one_line(f"cannot encode prompts with {parts.path!r}"), quiet_diffusers():
         reader = READERS.get(parts.pipeline, parts.pipeline)
         pipeline = getattr(diffusers, reader).from_pretrained(

@@ -18,7 +18,7 @@ from specstream.generation.lengths import FixedLength
 from specstream.generation.media_loading import SamplerOptions, media_of_target
 from specstream.models import PretrainedDenoiser
 from specstream.sampling import Noise, Role
-from tests.diffusers_toys import fresh, save_pipeline, save_video_pipeline
+from tests.diffusers_toys import OPTIONS, fresh, save_pipeline, save_video_pipeline
 
 FLOW = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -170,6 +170,19 @@ def test_prompts_are_encoded_by_the_text_encoder_of_the_pipeline(
     assert target.free["prompt_mask"].sum().item() == 1
     samples = DenoisingPipeline(target, 2, guidance=2.0).complete(2, condition)
     assert not torch.equal(samples[0], samples[1])
+
+
+def test_prompts_of_a_pipeline_without_a_text_encoder_are_refused(video: str) -> None:
+    with pytest.raises(ValueError, match="has no text encoder; give the embeddings of prompts"):
+        loaded(video, **SIZE).condition(["a cat"])
+
+
+def test_a_unet_of_classes_says_how_many_it_knows(tmp_path: Path) -> None:
+    import diffusers
+
+    unet = diffusers.UNet2DModel(**OPTIONS["UNet2DModel"], num_class_embeds=3)
+    folder = save_pipeline(tmp_path / "few", "DDPMPipeline", PIXELS, unet=unet)
+    assert loaded(str(folder)).num_classes == 3
 
 
 def test_guidance_without_an_empty_prompt_is_refused(video: str, tmp_path: Path) -> None:
