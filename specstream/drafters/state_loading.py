@@ -20,6 +20,7 @@ from specstream.files import one_line, replaced_folder
 from specstream.models.consistency import load_student
 from specstream.models.denoiser import STUDENT, Denoiser, load_denoiser
 from specstream.models.fingerprint import fingerprint
+from specstream.models.latent_consistency import load_latent_student
 from specstream.models.patch_transformer import PatchTransformer
 from specstream.models.pretrained_denoiser import PretrainedDenoiser
 
@@ -100,8 +101,7 @@ def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) ->
         check_fingerprint(folder, record["target"], target)
     with one_line(f"'{folder}' holds a damaged drafter"):
         if kind == IndependentDenoiser.__name__:
-            load = load_student if distilled else load_denoiser
-            drafter = IndependentDenoiser(load(folder, target.device), guidance)
+            drafter = IndependentDenoiser(load_independent(folder, target, distilled), guidance)
             check_shapes(drafter.denoiser, target)
             return drafter.eval().requires_grad_(False)
         network = PatchTransformer(**record["drafter"]["network"])
@@ -119,6 +119,15 @@ def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) ->
         if said != wanted:
             raise ValueError(f"its network has {said} out_channels, and must have {wanted}")
     return drafter.to(target.device).eval().requires_grad_(False)
+
+
+def load_independent(folder: Path, target: Denoiser, distilled: bool) -> Denoiser:
+    """Load a diffusion model that drafts for `target`, or a student that was distilled from it."""
+    if not distilled:
+        return load_denoiser(folder, target.device)
+    if isinstance(target, PretrainedDenoiser):
+        return load_latent_student(folder, target)
+    return load_student(folder, target.device)
 
 
 def check_fingerprint(folder: Path, named: Mapping[str, Any], target: Denoiser) -> None:

@@ -4,6 +4,8 @@ from specstream.models.cache import SlotCache
 from specstream.models.codec import AutoencoderCodec, Codec, PixelCodec, TinyCodec
 from specstream.models.consistency import ConsistencyModel
 from specstream.models.denoiser import Denoiser
+from specstream.models.latent_consistency import LatentConsistencyModel
+from specstream.models.network_adapters import LowRankAdapters
 from specstream.models.noise_schedule import (
     DiscreteSchedule,
     FlowSchedule,
@@ -27,6 +29,8 @@ __all__ = [
     "Denoiser",
     "DiscreteSchedule",
     "FlowSchedule",
+    "LatentConsistencyModel",
+    "LowRankAdapters",
     "MaskedFromCausal",
     "NoiseSchedule",
     "PatchTransformer",

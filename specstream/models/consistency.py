@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,8 @@ class ConsistencyModel(Denoiser):
         guidance: of these trajectories; it is in the weights, so a caller's own is left out.
     """
 
+    predictions: ClassVar[tuple[Prediction, ...]] = BOUNDED
+
     def __init__(
         self,
         network: nn.Module,
@@ -48,7 +51,7 @@ class ConsistencyModel(Denoiser):
         num_steps: int = 50,
         guidance: float = 1.0,
     ) -> None:
-        if prediction not in BOUNDED:
+        if prediction not in self.predictions:
             raise ValueError(
                 f"a student predicts {' or '.join(kind.value for kind in BOUNDED)}, which return "
                 f"the state itself where nothing is noise, not {prediction.value}"

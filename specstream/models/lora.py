@@ -35,8 +35,12 @@ def shared_copies(layers: Sequence[nn.Module]) -> nn.ModuleList:
     return nn.ModuleList(copy.deepcopy(layer, memo) for layer in layers)
 
 
-def add_adapters(layers: nn.Module, rank: int, alpha: float, seed: int) -> list[nn.Module]:
+def add_adapters(
+    layers: nn.Module, rank: int, alpha: float, seed: int, names: Sequence[str] | None = None
+) -> list[nn.Module]:
     """Put trainable adapters of `rank` on every projection of `layers`; return what they add.
+
+    With `names` only on those, which are whole names.
 
     Hu et al. 2021: W x becomes W x + (alpha / rank) B A x, with B zero at the start.  The modules
     returned are the B, whose outputs are the additions.
@@ -50,9 +54,10 @@ def add_adapters(layers: nn.Module, rank: int, alpha: float, seed: int) -> list[
         for name, module in layers.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     }
+    asked = linear if names is None else set(names)
     transposed = any(isinstance(module, Conv1D) for module in layers.modules())
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=sorted(linear), fan_in_fan_out=transposed
+        r=rank, lora_alpha=alpha, target_modules=sorted(asked), fan_in_fan_out=transposed
     )
     devices = sorted({p.device.index for p in layers.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):

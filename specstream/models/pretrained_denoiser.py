@@ -233,8 +233,7 @@ class PretrainedDenoiser(Denoiser):
 
     def _models(self) -> dict[str, nn.Module]:
         assert isinstance(self.network, DiffusersNetwork)
-        networks = (self.parts.network, self.parts.low_noise)
-        folders = [part.folder for part in networks if part is not None]
+        folders = [part.folder for part in self.parts.networks]
         models: dict[str, nn.Module] = dict(zip(folders, self.network.models, strict=True))
         if self.parts.autoencoder is not None:
             assert isinstance(self.codec, AutoencoderCodec)

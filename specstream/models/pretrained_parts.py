@@ -96,6 +96,11 @@ class Parts:
     low_noise: Part | None = None  # the network that clean states are asked of, where it is another
     boundary: float | None = None  # the time below which a state is clean
 
+    @property
+    def networks(self) -> tuple[Part, ...]:
+        """The network, or the two."""
+        return (self.network,) if self.low_noise is None else (self.network, self.low_noise)
+
 
 def read_parts(path: str) -> Parts:
     """Return the parts that the pipeline of a folder or hub id names.

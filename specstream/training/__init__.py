@@ -19,6 +19,7 @@ from specstream.training.draft_module import DraftModule
 from specstream.training.eagle import Eagle3Module
 from specstream.training.filling import HeldOutFilling
 from specstream.training.language_modeling import LanguageModelingModule
+from specstream.training.latent_consistency import LatentConsistencyModule
 from specstream.training.masked_diffusion import MaskedDiffusionModule
 from specstream.training.medusa import MedusaModule
 from specstream.training.optimization import ConstantRate, Schedule, WarmupCosine
@@ -45,6 +46,7 @@ __all__ = [
     "HeldOutFilling",
     "HeldOutSampling",
     "LanguageModelingModule",
+    "LatentConsistencyModule",
     "LossSum",
     "MaskedDiffusionModule",
     "MedusaModule",
