@@ -96,7 +96,7 @@ class WanExperts(WanTransformer):
     """Two networks, one for noisy states and one for clean ones (Wan 2.2 of 14 B parameters).
 
     Which of them is asked of a row depends on its time alone: rows of one call may fall to either,
-    and each network sees its own rows only.  The host waits to learn how many these are.
+    and each network sees its own rows only.  The host waits once a call to learn how many these are.
 
     Args:
         model: asked at times from `boundary` on.
@@ -137,12 +137,16 @@ class WanExperts(WanTransformer):
         told = {name: value for name, value in named.items() if value is not None}
         told["prompt_embeds"] = prompt_embeds
         noisy = times[:, 0] >= self.boundary
+        order, count = (~noisy).byte().argsort(stable=True), int(noisy.sum())  # noisy rows first
         said = torch.empty_like(states)
-        for expert, its in ((super().forward, noisy), (self.low_noise, ~noisy)):
-            rows = its.nonzero()[:, 0]
+        for expert, rows in (
+            (super().forward, order[:count]),
+            (self.low_noise, order[count:]),
+        ):
             if len(rows):
                 picked = {name: value[rows] for name, value in told.items()}
-                said[rows] = expert(states[rows], times[rows], **picked)
+                answer = expert(states[rows], times[rows], **picked)
+                said[rows] = answer.to(said)  # autocast answers in its own dtype
         return said
 
 
