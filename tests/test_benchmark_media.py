@@ -129,6 +129,8 @@ def test_a_row_says_what_became_int8_and_of_which_law_it_is(
         assert found[name]["bytes_ratio"] == pytest.approx(held / numbers / 2, rel=1e-4)
     table = markdown(make_tables(rows)[0])
     assert "| int8 / bf16 bytes |" in table and "| exact law of the target's (target in" in table
+    with pytest.raises(ValueError, match="'none': quantize_method says how quantize converts"):
+        TrainedDraft("none", options["run"], quantize_method="int8_dynamic")
 
 
 def test_a_row_is_of_what_the_pipeline_drew(

@@ -324,6 +324,13 @@ class TrainedDraft(DraftedSteps):
     tasks: list[str] | None = None
     kind = "trained draft"
 
+    def __post_init__(self) -> None:
+        if self.quantize == "none" and self.quantize_method != USUAL:
+            raise ValueError(
+                f"method '{self.name}': quantize_method says how quantize converts, and nothing is "
+                "to be converted"
+            )
+
     def missing(self) -> str | None:
         return missing_drafter(self.name, self.run)
 
