@@ -9,10 +9,10 @@ pass.
 An element has two streams (XLNet, Yang et al. 2019): it asks from the trunk's state of its own
 position, and it answers those after it with that state and its token.  Both are rotated by the
 position that they belong to, so that the letter before is one place away wherever it stands.  In
-the published layer, of one stream, an element holds the token before it in the order and is rotated
-by another position than that token's, which learned embeddings have to make up for.  The layer's
-output is added to the trunk's state, from zero on: before any training the joint law is the product
-of the trunk's own.
+the published layer, of one stream, an element holds the token before it in the order, and is told
+that token's place beside its own (the double places of sigma-GPT, Pannatier et al. 2024).  The
+layer's output is added to the trunk's state, from zero on: before any training the joint law is the
+product of the trunk's own.
 
 Shapes: B rows, C positions of a canvas, K masked positions in order, D hidden.
 """
