@@ -96,7 +96,8 @@ class WanExperts(WanTransformer):
     """Two networks, one for noisy states and one for clean ones (Wan 2.2 of 14 B parameters).
 
     Which of them is asked of a row depends on its time alone: rows of one call may fall to either,
-    and each network sees its own rows only.  The host waits once a call to learn how many these are.
+    and each network sees its own rows only.  In each call the host waits to learn how many these
+    are.
 
     Args:
         model: asked at times from `boundary` on.
