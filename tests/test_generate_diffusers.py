@@ -54,6 +54,10 @@ def test_every_sampler_can_be_asked_for(sampler: str, config: Path, tmp_path: Pa
         (["--prompt", "", "--media.sampler", "picard", "--media.free_draft", "estimate"], "ddim's"),
         (["--prompt", "", "--media.sampler", "by-error", "--media.eta", "1"], "eta must be 0"),
         (["--prompt", "", "--media.window", "3"], "nothing drafts here: give a free_draft"),
+        (
+            ["--prompt", "", "--media.guidance", "3"],
+            "weight of a prompt, and this target takes none",
+        ),
         (["--prompt", "", "--top_k", "3"], "top_k: is for text"),
     ],
 )

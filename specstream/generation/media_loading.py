@@ -45,6 +45,7 @@ from specstream.media_processor import MediaProcessor, load_media_processor
 from specstream.models.codec import Compression, PixelCodec
 from specstream.models.consistency import ConsistencyModel
 from specstream.models.denoiser import FORM, Denoiser
+from specstream.models.diffusers_network import SHOWN
 from specstream.models.pretrained_denoiser import PretrainedDenoiser
 from specstream.models.quantization import USUAL
 from specstream.models.state_shape import MediaSize, shape_of_size
@@ -195,6 +196,8 @@ def media_of_target(
     pixels = isinstance(target.codec, PixelCodec)
     if refinement is not None and refinement.score == "appearance" and not pixels:
         raise ValueError("refinement_score appearance looks at pixels; this target makes latents")
+    if options.guidance != 1 and all(name in SHOWN for name in target.network.needs):
+        raise ValueError("guidance is the weight of a prompt, and this target takes none")
     processor = played(target_processor(target), options.frame_rate)
     return MediaRun(media_sampler(target, drafter, processor, options), processor, target)
 
