@@ -40,7 +40,6 @@ from specstream.models.text_conditions import encode_prompts, read_conditions
 from specstream.models.weights import resolve_dtype
 
 OFFLOADS = {"none": None, "block": "block_level", "leaf": "leaf_level"}
-MOST_CLASSES = 1_000_000
 Kind = Literal["image", "video", "audio"]
 KINDS: dict[int, Kind] = {1: "audio", 2: "image", 3: "video"}  # by the number of axes
 
@@ -208,7 +207,7 @@ class PretrainedDenoiser(Denoiser):
         """
         wanted = self.network.needs
         if wanted == ("classes",):
-            return {"classes": class_numbers(prompts).to(self.device)}
+            return {"classes": class_numbers(prompts, self.num_classes).to(self.device)}
         if not wanted:
             return {}
         said = self.stored
@@ -361,11 +360,13 @@ def converted(model: nn.Module, method: str) -> dict[str, Any]:
     return quantization_report(model) or nothing
 
 
-def class_numbers(prompts: Sequence[str]) -> Tensor:
-    """Return classes (B,) that are given by number; ValueError for a word."""
+def class_numbers(prompts: Sequence[str], num_classes: int) -> Tensor:
+    """Return classes (B,) that are given by number; ValueError for a word, or one too many."""
     for prompt in prompts:
         if not prompt.isdecimal():
             raise ValueError(f"this model is told the number of a class, not '{prompt}'")
-        if int(prompt) >= MOST_CLASSES:
-            raise ValueError(f"there is no class {prompt}")
+        if int(prompt) >= num_classes:
+            raise ValueError(
+                f"there is no class {prompt}: this model knows {num_classes}, counted from 0"
+            )
     return torch.tensor([int(prompt) for prompt in prompts])

@@ -182,7 +182,11 @@ def test_a_unet_of_classes_says_how_many_it_knows(tmp_path: Path) -> None:
 
     unet = diffusers.UNet2DModel(**OPTIONS["UNet2DModel"], num_class_embeds=3)
     folder = save_pipeline(tmp_path / "few", "DDPMPipeline", PIXELS, unet=unet)
-    assert loaded(str(folder)).num_classes == 3
+    target = loaded(str(folder))
+    assert target.num_classes == 3
+    assert target.condition(["2", "0"])["classes"].tolist() == [2, 0]
+    with pytest.raises(ValueError, match="no class 3: this model knows 3, counted from 0"):
+        target.condition(["2", "3"])
 
 
 def test_guidance_without_an_empty_prompt_is_refused(video: str, tmp_path: Path) -> None:

@@ -360,6 +360,7 @@ def test_what_makes_no_student_of_a_pipeline_is_refused(
         (r"\[3, 8, 8\], the data's are of \[3, 9, 9\]", lambda: begun(image, media(tmp_path, 9))),
         ("knows 0 classes, the data has 3 classes", lambda: begun(image, media(tmp_path, 8, 3))),
         ("knows 10 classes, the data has 0", lambda: begun(loaded(classes), media(tmp_path, 16))),
+        ("no class 10: this", lambda: begun(loaded(classes), CaptionDataModule(["9", "10"]))),
         ("trained by ConsistencyModule", lambda: LatentConsistencyModule(small)),
         ("levels_per_row must be", lambda: LatentConsistencyModule(image, levels_per_row=0)),
         ("named 'to_x'; they are linear, ", lambda: own_network(target, adapters("to_x"))),
