@@ -14,7 +14,14 @@ from specstream.drafters.state_loading import load_state_drafter
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import FixedLength
 from specstream.models import Denoiser, FlowSchedule, PatchTransformer
-from specstream.training import DenoisingModule, RejectionProbability, ResidualModule, SquaredError
+from specstream.training import (
+    DenoisingModule,
+    RejectionProbability,
+    ResidualModule,
+    SquaredError,
+    residual,
+)
+from specstream.training.trajectories import draw_trajectories
 from specstream.verification.gaussian import step_acceptance
 
 
@@ -91,9 +98,10 @@ def test_trajectories_and_estimates_are_those_of_the_guided_target(
     object.__setattr__(module, "_trainer", type("T", (), {"current_epoch": 0})())
     assert module.drafter.trained_guidance == guidance
     kept = []
-    draw = module._trajectories
     monkeypatch.setattr(
-        module, "_trajectories", lambda *given: kept.append(draw(*given)) or kept[0]
+        residual,
+        "draw_trajectories",
+        lambda *given, **options: kept.append(draw_trajectories(*given, **options)) or kept[0],
     )
     rows = batch()
     module.loss(rows)
@@ -143,10 +151,11 @@ def test_the_loss_asks_about_the_states_after_those_that_the_target_spoke_of(
     net = network(2, 2, window if at_once else 1, 16)
     module = ResidualModule(net, target, num_steps=12, window=window, at_once=at_once)
     object.__setattr__(module, "_trainer", type("T", (), {"current_epoch": 0})())
-    trajectories, guess = module._trajectories, module._guess
-    seen = []
+    guess, seen = module._guess, []
     monkeypatch.setattr(
-        module, "_trajectories", lambda *given: seen.append(trajectories(*given)) or seen[-1]
+        residual,
+        "draw_trajectories",
+        lambda *given, **options: seen.append(draw_trajectories(*given, **options)) or seen[-1],
     )
     monkeypatch.setattr(module, "_guess", lambda *given: asked.append(given) or guess(*given))
     module.loss(batch(4))
