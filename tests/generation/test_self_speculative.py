@@ -41,7 +41,7 @@ def toy(seed: int = 0, max_positions: int = 32) -> UntrainedMaskedLM:
 
 
 @torch.no_grad()
-def causal_layer(trunk: UntrainedMaskedLM, amount: float = 0.3) -> SelfSpeculativeHead:
+def causal_layer(trunk: UntrainedMaskedLM, amount: float = 0.25) -> SelfSpeculativeHead:
     """A head that moves the trunk's laws by what it was told; none for amount 0."""
     head, noise = SelfSpeculativeHead(trunk), torch.Generator().manual_seed(2)
     head.out.weight.copy_(torch.randn(16, 16, generator=noise) * amount)
