@@ -150,6 +150,11 @@ def test_a_drafter_in_int8_is_a_row_of_its_own_beside_the_same_one(
     assert rows[0]["bytes_ratio"] is rows[2]["bytes_ratio"] is None
     assert 0.5 < rows[1]["bytes_ratio"] < 1
     assert "| int8 / bf16 bytes |" in markdown(make_tables(rows)[0])
+    options["name"], options["quantize"] = "wrong", "int8_dynamic"
+    methods = [block("Plain"), block("Speculative", **options)]
+    config = write_study(models, tmp_path, [setting("x", methods)], compile=True, device="cpu")
+    assert main(["--config", config, "--output", str(tmp_path / "x.json")]) == 2
+    assert "not computed right when it is compiled" in capsys.readouterr().err
     with pytest.raises(ValueError, match="'copies' has no draft whose weights could be int8"):
         Speculative("copies", draft=None, lookup=True, quantize="int8_dynamic")
 

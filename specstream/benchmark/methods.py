@@ -22,7 +22,7 @@ from specstream.generation import (
     FixedLength,
     SpeculativePipeline,
 )
-from specstream.generation.loading import build_pipeline
+from specstream.generation.loading import build_pipeline, check_compilable
 from specstream.structures import MAX_DRAFT
 from specstream.verification import TokenRejection, TokenVerifier
 
@@ -176,6 +176,7 @@ class Speculative(Method):
         return with_batch(self.name, self.batch_size)
 
     def runners(self, pair: Pair, decoding: Decoding) -> list[Runner]:
+        check_compilable(self.quantize, decoding.compile, pair.place)
         pipeline = SpeculativePipeline(
             pair.target,
             self._drafter(pair),

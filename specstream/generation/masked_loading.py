@@ -19,7 +19,12 @@ from specstream.files import read_table
 from specstream.generation.dual_diffusion import DualDiffusionPipeline
 from specstream.generation.free_dave import FreeDavePipeline
 from specstream.generation.lengths import DraftLength, FixedLength
-from specstream.generation.loading import QUANTIZED, TOKENIZER_FILES, find_device
+from specstream.generation.loading import (
+    QUANTIZED,
+    TOKENIZER_FILES,
+    check_compilable,
+    find_device,
+)
 from specstream.generation.masked import MaskedPipeline, Sampler
 from specstream.generation.self_speculative_pipeline import SelfSpeculativePipeline
 from specstream.models.masked_weights import HUB_NETWORKS
@@ -201,6 +206,8 @@ def build_masked_pipeline(
     elif nested_steps:
         raise ValueError("nested steps are the target's own: they have no use beside a drafter")
     place = find_device(device)
+    if quantize_models != "none":
+        check_compilable(quantize_method, compile, place)
     target = target.eval().requires_grad_(False).to(place)
     processor = TextProcessor.from_pretrained(target.path)
     if quantize_models in ("target", "both"):

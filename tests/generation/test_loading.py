@@ -132,6 +132,14 @@ def test_the_statistics_say_what_became_int8(method: str, run: Path) -> None:
     assert pipeline.stats.law == "the target's"  # which is as it was
 
 
+def test_int8_that_would_be_compiled_wrongly_is_refused(run: Path) -> None:
+    options = {"quantize_method": "int8_dynamic", "compile": True, "device": "cpu"}
+    for models in ("target", "drafter"):
+        with pytest.raises(ValueError, match="int8_dynamic is not computed right when it is comp"):
+            load_run(run, quantize_models=models, **options)  # type: ignore[arg-type]
+    load_run(run, **options)  # nothing becomes int8
+
+
 @pytest.mark.parametrize("models", ["target", "drafter", "both"])
 def test_streams_and_the_target_they_ride_in_are_not_made_int8(models: str, target: Path) -> None:
     lm = PretrainedLM(str(target), "float32")
