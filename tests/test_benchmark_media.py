@@ -25,7 +25,7 @@ from specstream.benchmark.tables import make_tables, markdown
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import CostModelLength
 from specstream.generation.media_loading import SamplerOptions, load_media_run
-from specstream.generation.solvers import AdamsBashforth2
+from specstream.generation.solvers import AdamsBashforth2, SolverPipeline
 from specstream.media_processor import MediaProcessor
 from specstream.metrics import energy_distance, psnr
 from specstream.models import Denoiser, FlowSchedule, PatchTransformer
@@ -183,17 +183,20 @@ def test_samples_of_another_law_are_found_out(
 def test_solvers_are_held_beside_the_solution_of_their_noise(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    multistep = {"class_path": "specstream.generation.solvers.AdamsBashforth2"}
     solvers = [
         method("SolverSteps", "Euler", num_steps=[4, 16, 40]),
         method("AcceptByError", "error", order=1, tolerances=[0.0, 1e9], window=4),
         method("Picard", "Picard", tolerances=[0.0], window=4),
+        method("Picard", "Picard, AB2", tolerances=[0.0], window=4, solver=multistep),
     ]
     config = write_study(
         tmp_path, toy(models), [], solvers=solvers, solver_steps=10, reference_steps=40
     )
     rows = measure(config, tmp_path / "docs/results/toy.json", capsys)
     found = {row["method"]: row for row in rows}
-    assert list(found) == ["Euler 4", "Euler 16", "Euler 40", "error 0", "error 1e+09", "Picard 0"]
+    names = ["Euler 4", "Euler 16", "Euler 40", "error 0", "error 1e+09", "Picard 0"]
+    assert list(found) == [*names, "Picard, AB2 0"]
     assert found["Euler 40"]["psnr"] is None  # the solution itself
     assert found["Euler 4"]["psnr"] < found["Euler 16"]["psnr"]
     assert [found[f"Euler {n}"]["rounds"] for n in (4, 16, 40)] == [4, 16, 40]
@@ -204,8 +207,10 @@ def test_solvers_are_held_beside_the_solution_of_their_noise(
         DenoisingPipeline(target, steps, 0.0).complete(SOLVED, classes, seed=0)
         for steps in (40, 10)
     )
-    for name in ("error 0", "Picard 0"):  # nothing may differ from the 10 steps
-        assert found[name]["psnr"] == pytest.approx(psnr(ten, solution), abs=0.1)
+    better = SolverPipeline(target, 10, AdamsBashforth2()).complete(SOLVED, classes, seed=0)
+    for name, right in (("error 0", better), ("Picard 0", ten), ("Picard, AB2 0", better)):
+        # nothing may differ from the 10 steps
+        assert found[name]["psnr"] == pytest.approx(psnr(right, solution), abs=0.1)
     assert found["Picard 0"]["guarantee"] == "bounded error"
     assert (tmp_path / "docs/results/toy-psnr.png").is_file()
 

@@ -80,6 +80,7 @@ class AcceptByError(SolverCurve):
         retake: take the steps that stand again by the target's velocities; False: as published.
         tolerances: of the velocity; a point for each.
         window: steps that are drafted in a round, at most.
+        solver: what takes the steps; null: Euler of order 0, Adams-Bashforth of order 1.
         tasks: names of the tasks it is for; null for all.
     """
 
@@ -88,6 +89,7 @@ class AcceptByError(SolverCurve):
     retake: bool = True
     tolerances: list[float] = field(default_factory=lambda: list(TOLERANCES))
     window: int = 8
+    solver: Solver | None = None
     tasks: list[str] | None = None
 
     def points(self, models: MediaModels, setting: MediaSetting) -> Iterator[CurvePoint]:
@@ -101,6 +103,7 @@ class AcceptByError(SolverCurve):
                 guidance=setting.guidance,
                 lengths=FixedLength(self.window),
                 batch_size=setting.batch_size,
+                solver=self.solver,
             )
             yield CurvePoint(f"{self.name} {tolerance:g}", pipeline)
 
@@ -113,12 +116,14 @@ class Picard(SolverCurve):
         name: what the table calls it.
         tolerances: by which a state that stands may have moved; a point for each.
         window: states evaluated in a call.
+        solver: what takes the steps; null: Euler.
         tasks: names of the tasks it is for; null for all.
     """
 
     name: str
     tolerances: list[float] = field(default_factory=lambda: list(TOLERANCES))
     window: int = 8
+    solver: Solver | None = None
     tasks: list[str] | None = None
 
     def points(self, models: MediaModels, setting: MediaSetting) -> Iterator[CurvePoint]:
@@ -130,5 +135,6 @@ class Picard(SolverCurve):
                 window=self.window,
                 guidance=setting.guidance,
                 batch_size=setting.batch_size,
+                solver=self.solver,
             )
             yield CurvePoint(f"{self.name} {tolerance:g}", pipeline)

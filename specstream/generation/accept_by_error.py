@@ -9,12 +9,13 @@ target gave at the drafted states: a sweep of Picard's iteration that costs no c
 fraction of the error; published is to keep the drafted states.
 
 There is no law that this keeps: it is a step size chosen by the error, to be judged against a
-better solver with as many calls (`generation.solvers`).
+better solver with as many calls (`generation.solvers`).  As the target's velocities are known at
+all the steps that stand, that solver can take them too: what is left is its error of all N steps.
 
 Velocities are those of the straight path, noise - x0 over sigma / (alpha + sigma), which is the
 flow's own and exists for every schedule.  The published guess is the last velocity (order 0); one
 that follows the line through the last two is far better at the same cost (order 1, as TaylorSeer
-does with features, Liu et al. 2025).
+does with features, Liu et al. 2025).  The published steps are Euler's.
 
 Shapes: R rows, K drafted steps, S the shape of a state, N steps.
 """
@@ -22,14 +23,14 @@ Shapes: R rows, K drafted steps, S the shape of a state, N steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from specstream.generation.drafting_sampler import DraftingSampler
 from specstream.generation.lengths import DraftLength, FixedLength, StepCosts
-from specstream.generation.solvers import straight_places
+from specstream.generation.solvers import AdamsBashforth2, Euler, Solver, straight_places
 from specstream.models.denoiser import Denoiser
 from specstream.sampling import Noise
 from specstream.structures import Guarantee, KnownParts, StateContext
@@ -38,7 +39,6 @@ from specstream.transitions import (
     data_estimate,
     mean_square,
     network_output,
-    transition,
     wide,
 )
 
@@ -59,7 +59,7 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
         target: the diffusion model.
         num_steps: denoising steps of a sample, N.
         tolerance: the largest mean squared difference of a guessed velocity from the target's;
-            0 is the plain sampler.
+            0 is the solver with one call a step.
         order: 0 guesses the last velocity, 1 follows the line through the last two.
         retake: take the steps that stand again by the target's velocities; False: as published.
         guidance: weight of the condition (Ho and Salimans 2022); 1 is none.
@@ -67,6 +67,7 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
         batch_size: samples drawn together; the result does not depend on it.
         costs: for `lengths` that are chosen by costs; None: measured at the first run, of as many
             samples as are drawn together, and kept.  Which samples are drawn depends on them.
+        solver: what takes the steps; None: `Euler` of order 0, `AdamsBashforth2` of order 1.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
         lengths: DraftLength | None = None,
         batch_size: int = 16,
         costs: StepCosts | None = None,
+        solver: Solver | None = None,
     ) -> None:
         if not tolerance >= 0:
             raise ValueError(f"tolerance must be at least 0, got {tolerance}")
@@ -88,6 +90,7 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
         self.tolerance = tolerance
         self.order = order
         self.retake = retake
+        self.solver = solver or (AdamsBashforth2() if order else Euler())
         lengths = lengths or FixedLength(8)
         super().__init__(target, num_steps, 0.0, guidance, lengths, batch_size, costs)
         self.places = straight_places(self.grid)
@@ -99,7 +102,8 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
 
     @property
     def law(self) -> str:
-        return f"the target's, each velocity within a mean squared error of {self.tolerance:g}"
+        within = f"each velocity within a mean squared error of {self.tolerance:g}"
+        return f"the target's as {type(self.solver).__name__} solves it, {within}"
 
     def _start(
         self,
@@ -114,7 +118,7 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
 
     @property
     def drafter_parts(self) -> tuple[object, ...]:
-        return self.order, self.retake
+        return self.order, self.retake, self.solver
 
     def _judge(
         self,
@@ -136,8 +140,7 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
         if self.retake:
             following = self._retake(part, velocities, estimates[:, 0])[rows, counts]
         else:
-            at, last = part.steps + counts, draft.states[rows, counts]
-            following = transition(estimates[rows, counts], last, at, self.grid, self.eta).means
+            following = self._go_on(part, draft.states, estimates, counts)
         if self.order:
             self._slopes[index] = self._slope(part, velocities, counts)
         self._commit(context, index, counts, draft.states, estimates, following, noise)
@@ -159,10 +162,11 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
         lengths = torch.tensor(wanted, device=part.steps.device)
         slopes, seen = self._slopes[index], part.seen_steps.clamp(min=0)
         last = self._velocity(part.estimates, part.seen, seen)
-        guesses, states = [], [part.states]
-        for steps in self._steps(part, max(wanted)).unbind(1):
-            guess = last + wide(self.places[steps] - self.places[seen], last) * slopes
-            states.append(self._step(guess, states[-1], steps))
+        guesses, states, here = [], [part.states], part
+        for _ in range(max(wanted)):
+            guess = last + wide(self.places[here.steps] - self.places[seen], last) * slopes
+            here = self._step(guess, here)
+            states.append(here.states)
             guesses.append(guess)
         drafted = torch.stack(guesses, 1) if guesses else part.states[:, None][:, :0]
         return VelocityDraft(drafted, torch.stack(states, 1), lengths)
@@ -172,17 +176,36 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
 
         estimates (R, *S): what it says of the rows' own states, so that one step is a plain one.
         """
-        plain = transition(estimates, part.states, part.steps, self.grid, self.eta).means
-        states = [plain]
-        for place, steps in enumerate(self._steps(part, velocities.shape[1]).unbind(1)[1:], 1):
-            states.append(self._step(velocities[:, place], states[-1], steps))
+        here = self.solver.step(estimates, part, self.grid)
+        states = [here.states]
+        for velocity in velocities.unbind(1)[1:]:
+            here = self._step(velocity, here)
+            states.append(here.states)
         return torch.stack(states, 1)
 
-    def _step(self, velocities: Tensor, states: Tensor, steps: Tensor) -> Tensor:
-        """Return the states (R, *S) that follow `states` by velocities (R, *S)."""
-        alphas, sigmas = self.grid.alphas[steps], self.grid.sigmas[steps]
-        estimates = data_estimate(velocities, states, alphas, sigmas, Prediction.FLOW)
-        return transition(estimates, states, steps, self.grid, self.eta).means
+    def _go_on(
+        self, part: StateContext, states: Tensor, estimates: Tensor, counts: Tensor
+    ) -> Tensor:
+        """Return the states (R, *S) that follow the last drafted ones that stand."""
+        rows = torch.arange(len(counts), device=counts.device)
+        seen = torch.cat([part.seen[:, None], states], 1)[rows, counts]
+        said = torch.cat([part.estimates[:, None], estimates], 1)[rows, counts]
+        at = part.steps + counts
+        last = replace(
+            part,
+            states=states[rows, counts],
+            steps=at,
+            seen=seen,
+            seen_steps=torch.where(counts > 0, at - 1, part.seen_steps),
+            estimates=said,
+        )
+        return self.solver.step(estimates[rows, counts], last, self.grid).states
+
+    def _step(self, velocities: Tensor, here: StateContext) -> StateContext:
+        """Return the rows one step on by velocities (R, *S)."""
+        alphas, sigmas = self.grid.alphas[here.steps], self.grid.sigmas[here.steps]
+        said = data_estimate(velocities, here.states, alphas, sigmas, Prediction.FLOW)
+        return self.solver.step(said, here, self.grid)
 
     def _slope(self, part: StateContext, velocities: Tensor, counts: Tensor) -> Tensor:
         """Return the slope (R, *S) through the last two velocities that were verified.

@@ -8,7 +8,8 @@ the published one is the last state.  Their tolerance is relative to the noise o
 is absolute.
 
 The noise of a step is that of the plain sampler, so that with a tolerance of 0 a sample is the one
-that `DenoisingPipeline` draws from the same seed, and not only of the same law.
+that `DenoisingPipeline` draws from the same seed, and not only of the same law.  Without noise, at
+eta 0, a better solver may take the steps from what the target said.
 
 Shapes: R rows, W the window, K drafted steps, W - 1 at most, S the shape of a state, N steps.
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.lengths import FixedLength
+from specstream.generation.solvers import Euler, Solver, moved_on
 from specstream.models.denoiser import Denoiser
 from specstream.sampling import Noise, Role
 from specstream.structures import MAX_DRAFT, Guarantee, KnownParts, StateContext
@@ -40,6 +42,7 @@ class PicardPipeline(DenoisingSampler):
         window: states evaluated in a call, W.
         guidance: weight of the condition (Ho and Salimans 2022); 1 is none.
         batch_size: samples drawn together; the result does not depend on it.
+        solver: what takes the steps, with eta 0 only; None: `Euler`.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class PicardPipeline(DenoisingSampler):
         window: int = 8,
         guidance: float = 1.0,
         batch_size: int = 16,
+        solver: Solver | None = None,
     ) -> None:
         if not tolerance >= 0:
             raise ValueError(f"tolerance must be at least 0, got {tolerance}")
@@ -58,6 +62,9 @@ class PicardPipeline(DenoisingSampler):
             raise ValueError(f"window must be in 1..{MAX_DRAFT}, got {window}")
         self.tolerance = tolerance
         self.window = window
+        self.solver = solver or Euler()
+        if eta and not isinstance(self.solver, Euler):
+            raise ValueError(f"solver is for the deterministic sampler, eta 0, not {eta}")
         super().__init__(target, num_steps, eta, guidance, FixedLength(window - 1), batch_size)
         self._guesses = torch.empty(0)  # (B, W, *S) estimates of the data at the coming steps
 
@@ -67,7 +74,9 @@ class PicardPipeline(DenoisingSampler):
 
     @property
     def law(self) -> str:
-        return f"the target's, each step from a state within {self.tolerance:g} (rms)"
+        name = type(self.solver).__name__
+        solved = "" if name == "Euler" else f" as {name} solves it"
+        return f"the target's{solved}, each step from a state within {self.tolerance:g} (rms)"
 
     def _start(
         self,
@@ -104,14 +113,16 @@ class PicardPipeline(DenoisingSampler):
 
         The noise of a step is the plain sampler's own.
         """
-        states, current = [part.states], part.states
-        for ahead, estimate in enumerate(estimates.unbind(1)):
-            steps = (part.steps + ahead).clamp(max=self.grid.num_steps - 1)
-            law = transition(estimate, current, steps, self.grid, self.eta)
+        states, here = [], part
+        for estimate in estimates.unbind(1):
+            corrected = self.solver.estimate(estimate, here, self.grid)
+            law = transition(corrected, here.states, here.steps, self.grid, self.eta)
             current = law.means
             if self.eta:
                 shape = current.shape[1:]
-                current = law.sample(noise.normal(part.samples, steps, shape, Role.CORRECT))
-            current = place_known(current, part, steps + 1, self.grid, self.eta, noise)
+                current = law.sample(noise.normal(part.samples, here.steps, shape, Role.CORRECT))
+            coming = here.steps + 1
+            current = place_known(current, part, coming, self.grid, self.eta, noise)
+            here = moved_on(here, estimate, current, self.grid)
             states.append(current)
-        return torch.stack(states, 1)[:, 1:]
+        return torch.stack(states, 1) if states else part.states[:, None][:, :0]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -60,6 +60,12 @@ class Solver(ABC):
         followed = now + wide(weights, now) * (now - before)
         return data_estimate(followed, context.states, alphas, sigmas, self.followed)
 
+    def step(self, estimates: Tensor, context: StateContext, grid: StepGrid) -> StateContext:
+        """Return the rows one step on, of which the target says `estimates` (R, *S)."""
+        corrected = self.estimate(estimates, context, grid)
+        law = transition(corrected, context.states, context.steps, grid, 0.0)
+        return moved_on(context, estimates, law.means, grid)
+
     def _followed(self, estimates: Tensor, states: Tensor, steps: Tensor, grid: StepGrid) -> Tensor:
         alphas, sigmas = grid.alphas[steps], grid.sigmas[steps]
         return network_output(estimates, states, alphas, sigmas, self.followed)
@@ -71,6 +77,9 @@ class Euler(Solver):
 
     def weights(self, grid: StepGrid) -> Tensor:
         return torch.zeros_like(grid.alphas[1:])
+
+    def estimate(self, estimates: Tensor, context: StateContext, grid: StepGrid) -> Tensor:
+        return estimates
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,23 @@ class DPMSolver2M(Solver):
         first = torch.zeros_like(strides[:1])
         shares = torch.cat([first, strides[1:] / (2 * strides[:-1])])
         return torch.where(shares.isfinite(), shares, 0)
+
+
+def moved_on(
+    context: StateContext, estimates: Tensor, states: Tensor, grid: StepGrid
+) -> StateContext:
+    """Return the rows at `states` (R, *S) a step later, the target having said `estimates` before.
+
+    A row that stood at the last step stays there, with a state that nothing follows.
+    """
+    return replace(
+        context,
+        states=states,
+        steps=(context.steps + 1).clamp(max=grid.num_steps - 1),
+        seen=context.states,
+        seen_steps=context.steps,
+        estimates=estimates,
+    )
 
 
 def straight_places(grid: StepGrid) -> Tensor:
@@ -146,7 +172,6 @@ class SolverPipeline(DenoisingSampler):
         counts = torch.zeros_like(part.steps)
         states = part.states[:, None]
         estimates = self._evaluate(part, states, counts, 0)  # (R, 1, *S)
-        corrected = self.solver.estimate(estimates[:, 0], part, self.grid)
-        following = transition(corrected, part.states, part.steps, self.grid, self.eta).means
+        following = self.solver.step(estimates[:, 0], part, self.grid).states
         self._commit(context, index, counts, states, estimates, following, noise)
         return counts

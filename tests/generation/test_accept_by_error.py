@@ -7,6 +7,7 @@ from torch import Tensor
 from specstream.generation.accept_by_error import AcceptByErrorPipeline
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import FixedLength
+from specstream.generation.solvers import AdamsBashforth2, Euler, Solver, SolverPipeline
 from specstream.sampling import Noise
 from tests.denoising_toys import counts_of, gaussian_model, mixture_model
 
@@ -20,10 +21,11 @@ def sampler(
     batch_size: int = ROWS,
     discrete: bool = False,
     retake: bool = True,
+    solver: Solver | None = None,
 ) -> AcceptByErrorPipeline:
     model = mixture_model(discrete=discrete)
     return AcceptByErrorPipeline(
-        model, STEPS, tolerance, order, retake, 1.0, FixedLength(5), batch_size
+        model, STEPS, tolerance, order, retake, 1.0, FixedLength(5), batch_size, solver=solver
     )
 
 
@@ -31,22 +33,31 @@ def plain(discrete: bool = False) -> Tensor:
     return DenoisingPipeline(mixture_model(discrete=discrete), STEPS, 0.0).complete(ROWS)
 
 
+def solved(steps: int = STEPS, discrete: bool = False, solver: Solver | None = None) -> Tensor:
+    model = mixture_model(discrete=discrete)
+    return SolverPipeline(model, steps, solver or AdamsBashforth2()).complete(ROWS)
+
+
 def rounds(pipeline: AcceptByErrorPipeline) -> float:
     return pipeline.stats.full_rounds / pipeline.stats.prompts
 
 
 @pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("retake", [False, True])
 @pytest.mark.parametrize("order", [0, 1])
-def test_no_tolerance_is_the_plain_sampler_in_as_many_rounds(order: int, discrete: bool) -> None:
-    pipeline = sampler(0.0, order, discrete=discrete)
-    assert torch.equal(pipeline.complete(ROWS), plain(discrete))
+def test_no_tolerance_is_the_solver_in_as_many_rounds(
+    order: int, retake: bool, discrete: bool
+) -> None:
+    pipeline = sampler(0.0, order, discrete=discrete, retake=retake)
+    right = solved(discrete=discrete) if order else plain(discrete)
+    assert torch.equal(pipeline.complete(ROWS), right)
     assert pipeline.stats.target_calls == STEPS
     assert pipeline.stats.acceptance == 0
 
 
 @pytest.mark.parametrize("discrete", [False, True])
 def test_more_tolerance_takes_fewer_rounds_and_errs_more(discrete: bool) -> None:
-    right, found, errors = plain(discrete), [], []
+    right, found, errors = solved(discrete=discrete), [], []
     for tolerance in (1e-4, 1e-2, 1.0):
         pipeline = sampler(tolerance, discrete=discrete)
         errors.append(float((pipeline.complete(ROWS) - right).square().mean().sqrt()))
@@ -58,7 +69,8 @@ def test_more_tolerance_takes_fewer_rounds_and_errs_more(discrete: bool) -> None
 
 
 def test_the_line_through_two_velocities_beats_the_last_velocity() -> None:
-    constant, line = sampler(0.02, 0, retake=False), sampler(0.005, 1, retake=False)
+    constant = sampler(0.02, 0, retake=False)
+    line = sampler(0.005, 1, retake=False, solver=Euler())
     right = plain()
     away = [float((p.complete(ROWS) - right).square().mean()) for p in (constant, line)]
     assert rounds(line) <= rounds(constant)
@@ -66,15 +78,26 @@ def test_the_line_through_two_velocities_beats_the_last_velocity() -> None:
 
 
 def test_steps_taken_again_by_the_targets_velocities_err_less_for_the_same_rounds() -> None:
-    kept, retaken = sampler(0.01, retake=False), sampler(0.01)
-    right = plain()
-    away = [float((p.complete(ROWS) - right).square().mean()) for p in (kept, retaken)]
-    assert away[1] < away[0] / 4
-    assert rounds(retaken) < 1.1 * rounds(kept)
+    for solver in (Euler(), AdamsBashforth2()):
+        kept, retaken = (sampler(0.01, retake=again, solver=solver) for again in (False, True))
+        right = solved(solver=solver)
+        away = [float((p.complete(ROWS) - right).square().mean()) for p in (kept, retaken)]
+        assert away[1] < away[0] / 4
+        assert rounds(retaken) < 1.1 * rounds(kept)
+
+
+def test_a_better_solver_of_the_same_velocities_comes_nearer_to_the_solution() -> None:
+    solution = solved(1000)
+    euler, multistep = sampler(1e-3, solver=Euler()), sampler(1e-3)
+    away = [float((p.complete(ROWS) - solution).square().mean()) for p in (euler, multistep)]
+    assert away[1] < away[0] / 10
+    assert rounds(multistep) < 1.1 * rounds(euler)
+    fewer = solved(round(rounds(multistep)))  # the same solver, with a step for each round
+    assert away[1] < float((fewer - solution).square().mean()) / 2
 
 
 def test_a_row_whose_draft_falls_goes_on_with_the_targets_own_step() -> None:
-    pipeline, noise = sampler(0.01, retake=False), Noise(0)
+    pipeline, noise = sampler(0.01, retake=False, solver=Euler()), Noise(0)
     context = pipeline._start(range(ROWS), {}, noise)
     before, fallen = context.states.clone(), 0
     with torch.inference_mode():

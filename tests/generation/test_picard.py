@@ -6,6 +6,7 @@ from torch import Tensor
 
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.picard import PicardPipeline
+from specstream.generation.solvers import AdamsBashforth2, SolverPipeline
 from tests.denoising_toys import counts_of, mixture_model
 
 STEPS = 30
@@ -30,6 +31,18 @@ def test_no_tolerance_is_the_plain_samplers_own_sample(eta: float, discrete: boo
     assert torch.allclose(found, plain(eta, discrete), atol=1e-5)
     other = DenoisingPipeline(mixture_model(discrete=discrete), STEPS, eta).complete(ROWS, seed=5)
     assert not torch.allclose(found, other, atol=1e-2)
+
+
+def test_a_better_solver_takes_the_steps_from_what_the_target_said() -> None:
+    model, solver = mixture_model(), AdamsBashforth2()
+    right = SolverPipeline(model, STEPS, solver).complete(ROWS, seed=4)
+    pipeline = PicardPipeline(model, STEPS, 0.0, 1e-4, solver=solver)
+    assert torch.allclose(pipeline.complete(ROWS, seed=4), right, atol=1e-3)
+    assert not torch.allclose(plain(0.0), right, atol=1e-3)
+    assert pipeline.stats.full_rounds / ROWS < 0.8 * STEPS
+    assert "AdamsBashforth2" in pipeline.stats.law
+    with pytest.raises(ValueError, match="solver is for the deterministic sampler, eta 0, not 1"):
+        PicardPipeline(model, STEPS, 1.0, 1e-3, solver=solver)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
