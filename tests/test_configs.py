@@ -139,7 +139,7 @@ def test_an_overlay_of_media_fits_its_target_and_leaves_nothing_of_the_digits(
     assert model["target"] == f"checkpoints/{overlay.stem}/model"
     assert _as_given(data["source"], expected["source"]) == expected["source"]
     network, wanted = model["network"]["init_args"], target["network"]["init_args"]
-    assert network["in_channels"] == 2 * network["out_channels"] == 2 * wanted["out_channels"]
+    assert network["in_channels"] == 3 * network["out_channels"] == 3 * wanted["out_channels"]
     assert len(network["patch"]) == len(wanted["patch"]) and network["num_times"] == 2
     for told in ("num_classes", "text_size"):
         assert network[told] == wanted.get(told, 0)

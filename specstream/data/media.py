@@ -15,6 +15,7 @@ import torch
 
 from specstream.data.loader import FILLING, Batch, BatchRows, RowLoader, place_of
 from specstream.data.media_sources import MediaSource, Samples
+from specstream.data.sources import check_limit
 from specstream.media_processor import MediaProcessor
 
 
@@ -83,6 +84,7 @@ class MediaDataModule(L.LightningDataModule):
         validation_fraction: share held out, chosen by a hash of the samples' numbers.
         num_workers: processes that make batches; 0 makes them in this one.
         seed: of the order of batches.
+        limit: train on so many samples of each shape only, chosen by that hash; None: on all.
     """
 
     def __init__(
@@ -93,8 +95,10 @@ class MediaDataModule(L.LightningDataModule):
         validation_fraction: float = 0.1,
         num_workers: int = 0,
         seed: int = 0,
+        limit: int | None = None,
     ) -> None:
         super().__init__()
+        check_limit("data", limit)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if not 0 <= validation_fraction < 1:
@@ -109,6 +113,7 @@ class MediaDataModule(L.LightningDataModule):
         self.validation_fraction = validation_fraction
         self.num_workers = num_workers
         self.seed = seed
+        self.limit = limit
         self._buckets: list[Bucket] | None = None
 
     @property
@@ -139,9 +144,12 @@ class MediaDataModule(L.LightningDataModule):
         return [tuple(bucket.samples.states.shape[1:]) for bucket in self.buckets]
 
     def numbers(self, held_out: bool, bucket: int = 0) -> np.ndarray:
-        """Return where the samples of a bucket lie that are held out, or the others."""
+        """Return where the samples of a bucket lie that are held out, or are trained on."""
         shares = np.array([held_out_place(int(key)) for key in self.buckets[bucket].keys])
-        return np.flatnonzero((shares < self.validation_fraction) == held_out)
+        found = np.flatnonzero((shares < self.validation_fraction) == held_out)
+        if held_out or self.limit is None:
+            return found
+        return np.sort(found[np.argsort(shares[found])][: self.limit])
 
     def train_dataloader(self) -> RowLoader:
         return self._loader(held_out=False)

@@ -4,6 +4,10 @@ guess = estimate + gate * network(state, estimate, time, time of the estimate); 
 no time has passed, and the network's last layer is 0 before training, so that it starts as
 `FrozenEstimate` and training can only leave it where the acceptance says so.
 
+How the estimate moves depends on the noise that was drawn since it was made.  In the state that
+noise is a small part, hard to find for a small network; with 3 C channels it is told the noise
+itself, beside the estimate and the state of which the target made it.
+
 The network may also read what the target thought when it made the estimate, its last hidden states,
 as EAGLE's and DFlash's drafters of text do.
 
@@ -20,33 +24,44 @@ from specstream.models.denoiser import Denoiser
 from specstream.models.patch_transformer import PatchTransformer
 from specstream.models.text_conditions import short_condition
 from specstream.structures import StateContext
-from specstream.transitions import StepGrid
+from specstream.transitions import SMALLEST, StepGrid, wide
 
 
 class CorrectingDrafter(StateDrafter):
     """What residual drafters share: a network that is told where the target's word was spoken.
 
     Args:
-        network: from 2 C channels (state beside estimate), told two times.
+        network: from 2 C channels (state beside estimate) or 3 C (noise drawn since the estimate,
+            estimate, state that it was made of), told two times.
         guidance: of the target that it is trained for.
+        num_steps: how many steps it guesses in a call.
     """
 
-    def __init__(self, network: nn.Module, guidance: float = 1.0) -> None:
+    def __init__(self, network: nn.Module, guidance: float = 1.0, num_steps: int = 1) -> None:
         super().__init__()
         self.network = network
         self.trained_guidance = guidance
-        self.feature_size = network.feature_size if isinstance(network, PatchTransformer) else 0
+        self.num_steps = num_steps
+        self.feature_size, self.told_noise = 0, False
+        if isinstance(network, PatchTransformer):
+            self.feature_size = network.feature_size
+            sizes = network.options
+            self.told_noise = sizes["in_channels"] * num_steps == 3 * sizes["out_channels"]
 
     def said(self, states: Tensor, steps: Tensor, context: StateContext, grid: StepGrid) -> Tensor:
         """Return what the network says, float32 (R, ...), of states (R, *S) at `steps` (R,)."""
         seen = context.seen_steps.clamp(min=0)
         times = torch.stack([grid.times[steps], grid.times[seen]], -1).float()
-        both = torch.cat([states, context.estimates], 1)
+        shown = [states, context.estimates]
+        if self.told_noise:
+            drawn = noise_since(states, steps, context, grid)
+            shown = [drawn.to(states), context.estimates, context.seen]
         told = dict(short_condition(context.condition))
         if self.feature_size:
             assert context.features is not None, "drafts begin after the target's first word"
             told["features"] = context.features
-        said = self.network(both.to(next(self.network.parameters()).dtype), times, **told)
+        dtype = next(self.network.parameters()).dtype
+        said = self.network(torch.cat(shown, 1).to(dtype), times, **told)
         assert isinstance(said, Tensor)
         return said.float()
 
@@ -72,14 +87,13 @@ class WindowDenoiser(CorrectingDrafter):
     start it; blinder, as it does not see the noise that the drafted states have drawn.
 
     Args:
-        network: from 2 C channels to L * C, told two times.
+        network: from 2 C or 3 C channels to L * C, told two times.
         num_steps: L, the longest window.
         guidance: of the target that it is trained for.
     """
 
     def __init__(self, network: nn.Module, num_steps: int, guidance: float = 1.0) -> None:
-        super().__init__(network, guidance)
-        self.num_steps = num_steps
+        super().__init__(network, guidance, num_steps)
 
     def estimate(
         self, states: Tensor, steps: Tensor, context: StateContext, grid: StepGrid
@@ -99,6 +113,27 @@ class WindowDenoiser(CorrectingDrafter):
         gate = (grid.sigmas[seen][:, None] - grid.sigmas[steps]).clamp(min=0).sqrt()
         gate = gate.to(change).view(*gate.shape, *[1] * (change.dim() - 2))
         return context.estimates[:, None] + gate * change
+
+
+def noise_since(states: Tensor, steps: Tensor, context: StateContext, grid: StepGrid) -> Tensor:
+    """Return the noise (R, *S) drawn between the target's word and states (R, *S) at `steps` (R,).
+
+    The part of a state's noise that the noise of the seen state does not explain, in standard
+    deviations of it: of a trajectory of the ancestral sampler (eta 1) a unit normal, but for the
+    error of the estimate.
+    """
+    seen = context.seen_steps.clamp(min=0)
+    now, before = grid.alphas[steps], grid.alphas[seen]
+    share = (before * grid.sigmas[steps] / (now * grid.sigmas[seen]).clamp(min=SMALLEST)).clamp(
+        max=1
+    )
+
+    def noise_in(found: Tensor, at: Tensor) -> Tensor:
+        data = wide(grid.alphas[at], found) * context.estimates
+        return (found - data) / wide(grid.sigmas[at].clamp(min=SMALLEST), found)
+
+    new = noise_in(states, steps) - wide(share, states) * noise_in(context.seen, seen)
+    return new / wide((1 - share.square()).clamp(min=1e-4).sqrt(), new)
 
 
 def check_features(drafter: StateDrafter, target: Denoiser) -> None:

@@ -88,9 +88,10 @@ class SummedLossModule(L.LightningModule, ABC):
     def export(self, run: Path, processor: TextProcessor) -> Path:
         """Write what generation loads into the run folder; returns the folder written."""
 
-    def epoch_noise(self) -> Noise:
-        """Return the noise of this epoch, or of validation; its keys are what rows hold."""
-        epoch = self.current_epoch if self.training else VALIDATION
+    def epoch_noise(self, epoch: int | None = None) -> Noise:
+        """Return the noise of this or another epoch, or of validation; keys are what rows hold."""
+        epoch = self.current_epoch if epoch is None else epoch
+        epoch = epoch if self.training else VALIDATION
         return Noise(self.run_seed * 1_000_003 + epoch, self.device)
 
     def training_loss(self, batch: Batch, batch_idx: int) -> LossSum:

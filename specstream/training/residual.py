@@ -4,9 +4,10 @@ The loss is what a drafted step costs (`step_losses`), over steps 1..L after the
 alike.  (In decoding a later step is reached only where those before it stood, so that more of them
 stand.)
 
-Every batch draws its trajectories from the frozen target, so a resumed run sees what an
-uninterrupted one sees.  Of each trajectory some windows are used: a start, where the target has
-spoken, and a later step at which the drafter is asked.
+Every batch draws its trajectories from the frozen target, or each example's is drawn once and kept
+(`trajectories`); either way a resumed run sees what an uninterrupted one sees.  Of each trajectory
+some windows are used: a start, where the target has spoken, and a later step at which the drafter
+is asked.
 
 Shapes: B rows, N steps, W windows of a row, L the longest window, S the shape of a state.
 """
@@ -42,7 +43,7 @@ from specstream.training.denoising import check_sizes, condition_of, media_data
 from specstream.training.optimization import Schedule
 from specstream.training.sampling import HeldOutSampling
 from specstream.training.step_losses import RejectionProbability, StepLoss
-from specstream.training.trajectories import draw_trajectories
+from specstream.training.trajectories import KeptTrajectories, Trajectories, draw_trajectories
 from specstream.transitions import StepGrid, estimate_weights, step_stds
 from specstream.verification.gaussian import step_acceptance
 
@@ -51,8 +52,8 @@ class ResidualModule(SummedLossModule):
     """Trains a `ResidualDenoiser`, or with `at_once` a `WindowDenoiser`, for a frozen target.
 
     Args:
-        network: from 2 C channels to C (at once: L * C), told two times; with a feature_size, that
-            of the target's hidden states, it reads these too.
+        network: from 2 C or 3 C channels (`CorrectingDrafter`) to C (at once: L * C), told two
+            times; with a feature_size, that of the target's hidden states, it reads these too.
         target: the diffusion model: its folder, also of a pipeline of `diffusers`, or a
             `PretrainedDenoiser` with options.  For a model of `diffusers` the data are captions.
         num_steps, eta, guidance: of the sampler to draft for.
@@ -60,6 +61,8 @@ class ResidualModule(SummedLossModule):
         windows_per_row: W, windows that are used of each trajectory.
         step_loss: what is minimised.
         at_once: guess all steps of a window in one pass.
+        keep_trajectories: draw the trajectory of each example in its first epoch only, and keep it
+            in the computer's memory: 2 N states each, and N times the features if they are read.
         decoding: what validation samples; None: nothing.
     """
 
@@ -74,6 +77,7 @@ class ResidualModule(SummedLossModule):
         windows_per_row: int = 8,
         step_loss: StepLoss = RejectionProbability(),
         at_once: bool = False,
+        keep_trajectories: bool = False,
         decoding: HeldOutSampling | None = None,
         optimizer: OptimizerCallable = AdamW,
         schedule: Schedule | None = None,
@@ -96,6 +100,9 @@ class ResidualModule(SummedLossModule):
             check_whole(self.target)
         self.captions: EncodedCaptions | None = None
         self.eta, self.guidance = eta, guidance
+        self.kept = None
+        if keep_trajectories:
+            self.kept = {True: KeptTrajectories(), False: KeptTrajectories()}  # by `training`
         self.window, self.windows_per_row = window, windows_per_row
         self.grid = self.target.schedule.grid(num_steps)
         self.step_loss, self.decoding = step_loss, decoding
@@ -149,7 +156,8 @@ class ResidualModule(SummedLossModule):
             raise ValueError("guidance is the weight of a prompt, and this target takes none")
         colours, *grid = self.target.shape
         at_once = self.window if isinstance(self.drafter, WindowDenoiser) else 1
-        channels = {"in_channels": 2 * colours, "out_channels": at_once * colours, "num_times": 2}
+        shown = (3 if self.drafter.told_noise else 2) * colours
+        channels = {"in_channels": shown, "out_channels": at_once * colours, "num_times": 2}
         check_sizes(self.drafter.network, channels, grid, num_classes, text_size)
 
     def _condition(self, batch: Batch) -> dict[str, Tensor]:
@@ -160,16 +168,7 @@ class ResidualModule(SummedLossModule):
         noise = self.epoch_noise()
         keys = batch["keys"]
         condition = self._condition(batch)
-        seen = draw_trajectories(
-            self.target,
-            keys,
-            condition,
-            grid,
-            self.eta,
-            self.guidance,
-            noise,
-            with_features=self.drafter.feature_size > 0,
-        )
+        seen = self._trajectories(keys, condition, grid)
         starts, steps = self._windows(keys, noise)  # (W, B) each
         pick = torch.arange(len(keys), device=keys.device).expand_as(starts)
         # the drafter is asked at `steps`; the target spoke last at `starts`, before them
@@ -201,6 +200,29 @@ class ResidualModule(SummedLossModule):
         }
         sums = {name: (value.detach() * real).sum() for name, value in metrics.items()}
         return LossSum((losses * real).sum(), real.sum(), sums)
+
+    def _trajectories(
+        self, keys: Tensor, condition: dict[str, Tensor], grid: StepGrid
+    ) -> Trajectories:
+        """Return those of this epoch, or, where they are kept, of the first."""
+        noise = self.epoch_noise() if self.kept is None else self.epoch_noise(0)
+
+        def draw(chosen: Tensor) -> Trajectories:
+            told = {name: value[chosen] for name, value in condition.items()}
+            return draw_trajectories(
+                self.target,
+                keys[chosen],
+                told,
+                grid,
+                self.eta,
+                self.guidance,
+                noise,
+                with_features=self.drafter.feature_size > 0,
+            )
+
+        if self.kept is None:
+            return draw(torch.arange(len(keys), device=keys.device))
+        return self.kept[self.training].of(keys, draw)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

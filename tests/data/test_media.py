@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from specstream.data import MediaDataModule, MediaSource, Samples
+from specstream.data import Digits, MediaDataModule, MediaSource, Samples
 from specstream.data.loader import Batch, Place, RowLoader
 from specstream.data.media import SampleDataset, in_buckets
 from specstream.media_processor import MediaProcessor
@@ -96,6 +96,19 @@ def test_a_module_of_one_source_keeps_its_numbers_and_held_out_samples() -> None
     assert sorted([*held_out, *rest]) == list(range(21)) and len(held_out) in range(2, 12)
     assert module.shape == SMALL and len(module.buckets) == 1
     assert sum(int(batch["real"].sum()) for batch in module.val_dataloader()) == len(held_out)
+
+
+def test_a_limit_leaves_out_samples_of_training_only() -> None:
+    whole = MediaDataModule(Digits(), validation_fraction=0.2)
+    some = MediaDataModule(Digits(), validation_fraction=0.2, limit=100)
+    assert np.array_equal(some.numbers(held_out=True), whole.numbers(held_out=True))
+    chosen, trained = some.numbers(held_out=False), whole.numbers(held_out=False)
+    assert len(chosen) == 100 and np.all(np.diff(chosen) > 0) and set(chosen) <= set(trained)
+    assert chosen[-1] > len(trained) // 2  # not the first ones: a source may be sorted
+    more = MediaDataModule(Digits(), validation_fraction=0.2, limit=9999)
+    assert np.array_equal(more.numbers(held_out=False), trained)
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        MediaDataModule(Digits(), limit=0)
 
 
 def test_several_sources_are_one_kind() -> None:

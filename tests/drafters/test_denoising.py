@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from specstream.drafters import FrozenEstimate, FrozenVelocity, ResidualDenoiser, WindowDenoiser
-from specstream.models import Denoiser, FlowSchedule, PatchTransformer
-from specstream.sampling import Noise
+from specstream.drafters.residual import noise_since
+from specstream.models import Denoiser, DiscreteSchedule, FlowSchedule, PatchTransformer
+from specstream.sampling import Noise, Role
 from specstream.structures import StateContext
 from specstream.transitions import transition
 
@@ -28,17 +29,36 @@ def context(rows: int = 3) -> StateContext:
     )
 
 
-def residual(out_channels: int = 1) -> PatchTransformer:
-    return PatchTransformer(2, out_channels, (2, 2), 16, 1, 2, num_times=2)
+def residual(out_channels: int = 1, in_channels: int = 2) -> PatchTransformer:
+    return PatchTransformer(in_channels, out_channels, (2, 2), 16, 1, 2, num_times=2)
 
 
-def test_an_untrained_residual_drafter_drafts_what_the_free_one_does() -> None:
+@pytest.mark.parametrize("channels", [2, 3])
+def test_an_untrained_residual_drafter_drafts_what_the_free_one_does(channels: int) -> None:
     rows, noise = context(), Noise(0)
     free = FrozenEstimate().propose(rows, [3, 1, 2], GRID, 1.0, noise)
-    for drafter in (ResidualDenoiser(residual()), WindowDenoiser(residual(4), 4)):
+    step, window = residual(1, channels), residual(4, channels)
+    for drafter in (ResidualDenoiser(step), WindowDenoiser(window, 4)):
         draft = drafter.propose(rows, [3, 1, 2], GRID, 1.0, noise)
+        assert drafter.told_noise == (channels == 3)
         assert torch.equal(draft.means, free.means) and torch.equal(draft.states, free.states)
         assert draft.lengths.tolist() == [3, 1, 2]
+
+
+def test_the_noise_drawn_since_the_estimate_is_a_unit_normal_of_the_ancestral_sampler() -> None:
+    for grid in (FlowSchedule().grid(10), DiscreteSchedule().grid(10)):
+        rows = context(4000)
+        rows.seen_steps = torch.arange(4000) % 7
+        states, steps, noise = rows.seen, rows.seen_steps, Noise(1)
+        for _ in range(2):  # two steps, as if the estimate were right
+            law = transition(rows.estimates, states, steps, grid, 1.0)
+            states = law.sample(noise.normal(rows.samples, steps, SHAPE, Role.DRAFT))
+            steps = steps + 1
+        found = noise_since(states, steps, rows, grid)
+        for seen in range(7):
+            part = found[rows.seen_steps == seen]
+            assert abs(part.mean()) < 0.05 and abs(part.std() - 1) < 0.03
+            assert abs((part * rows.seen[rows.seen_steps == seen]).mean()) < 0.05  # new to it
 
 
 def test_frozen_velocity_goes_on_straight_where_steps_have_no_noise() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from specstream.drafters.state_loading import load_state_drafter
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import FixedLength
 from specstream.models import Denoiser, FlowSchedule, PatchTransformer
+from specstream.structures import StateContext
 from specstream.training import (
     DenoisingModule,
     RejectionProbability,
@@ -114,11 +116,52 @@ def test_trajectories_and_estimates_are_those_of_the_guided_target(
     assert not torch.allclose(kept[0].estimates[0], other, atol=1e-3)
 
 
+def test_kept_trajectories_are_drawn_once_and_are_those_of_the_first_epoch(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(
+        residual,
+        "draw_trajectories",
+        lambda *given, **options: drawn.append(given[1]) or draw_trajectories(*given, **options),
+    )
+    asked: list[StateContext] = []
+    for keep in (False, True):
+        module = ResidualModule(network(2, 2, 1, 16), target, 6, window=4, keep_trajectories=keep)
+        trainer = type("T", (), {"current_epoch": 0})()
+        object.__setattr__(module, "_trainer", trainer)
+        guess = module._guess
+
+        def watch(*given: Any, guess: Any = guess) -> torch.Tensor:
+            asked.append(given[2])
+            return guess(*given)
+
+        monkeypatch.setattr(module, "_guess", watch)
+        rows = batch(4)
+        for epoch in (0, 1):
+            trainer.current_epoch = epoch
+            module.loss(rows)
+        module.eval()
+        module.loss(rows)
+    assert [len(keys) for keys in drawn] == [4, 4, 4] + [4, 4]  # kept: training, validation
+    first, _, held, same, again, held_same = asked
+    for one, other in ((first, same), (held, held_same)):
+        assert torch.equal(one.steps, other.steps)
+        assert torch.equal(one.states, other.states) and torch.equal(one.features, other.features)
+    assert not torch.equal(again.steps, same.steps)  # other windows of the same trajectories
+    pick = [(a, b) for a in range(32) for b in range(32) if same.steps[a] == again.steps[b]]
+    kept = [a for a, b in pick if torch.equal(same.states[a], again.states[b])]
+    assert kept
+
+
+@pytest.mark.parametrize("channels", [2, 3])
 @pytest.mark.parametrize("at_once", [False, True])
-def test_training_asks_the_drafter_what_decoding_asks_it(target: str, at_once: bool) -> None:
+def test_training_asks_the_drafter_what_decoding_asks_it(
+    target: str, at_once: bool, channels: int
+) -> None:
     """Drafted means of a round equal those of the training forward on the same states."""
     window = 4
-    net = wake(network(2, 2, window if at_once else 1))
+    net = wake(network(channels, 2, window if at_once else 1))
     module = ResidualModule(net, target, num_steps=12, window=window, at_once=at_once)
     pipeline = DenoisingPipeline(module.target, 12, 1.0, 1.0, module.drafter, FixedLength(window))
     seen = []
