@@ -144,10 +144,12 @@ class RefinementPipeline(DenoisingSampler):
             states = noised(drafts, pure, context.steps, self.grid)[:, None]
             return self._evaluate(context, states, torch.zeros_like(context.steps), 0)[:, 0]
 
-        chosen = self.threshold(self.score(drafts, self.parts, ask))
-        masks = self.parts.spread(chosen).to(drafts.device)  # (B, 1, *A)
-        free = torch.ones_like(masks) if context.known is None else ~context.known.given
-        masks = masks & free
+        scores = self.score(drafts, self.parts, ask)
+        free = torch.ones_like(drafts[:, :1], dtype=torch.bool)
+        if context.known is not None:
+            free = ~context.known.given
+        made = self.parts.cut(free).flatten(2).any(2).view(scores.shape)
+        masks = self.parts.spread(self.threshold(scores, made)).to(drafts.device) & free
         self._count_parts(free, masks)
         start = self.grid.num_steps - self.refined_steps
         context.steps.fill_(start)

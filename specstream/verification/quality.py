@@ -39,10 +39,17 @@ class AdaptiveThreshold:
         if self.neighbours < 0:
             raise ValueError(f"neighbours must be at least 0, got {self.neighbours}")
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Return the parts to refine, bool (B, *G), for scores (B, *G): higher is worse."""
+    def __call__(self, scores: Tensor, made: Tensor | None = None) -> Tensor:
+        """Return the parts to refine, bool (B, *G), for scores (B, *G): higher is worse.
+
+        made bool (B, *G): the parts that are not given; only these count in mean and deviation.
+        """
         flat = scores.double().flatten(1)
-        limits = flat.mean(1) + self.refinement_threshold * flat.std(1, correction=0)
+        counted = torch.ones_like(flat) if made is None else made.flatten(1).to(flat)
+        total = counted.sum(1).clamp(min=1)
+        means = (flat * counted).sum(1) / total
+        squares = ((flat - means[:, None]).square() * counted).sum(1) / total
+        limits = means + self.refinement_threshold * squares.sqrt()
         chosen = scores.double() > limits.view(-1, *[1] * (scores.dim() - 1))
         for axis in range(1, scores.dim()):
             chosen = widened(chosen, axis, self.neighbours)

@@ -39,3 +39,14 @@ def test_the_regions_of_an_image_have_neighbours_on_all_sides_and_no_ends() -> N
 def test_a_negative_distance_is_one_line() -> None:
     with pytest.raises(ValueError, match="neighbours must be at least 0, got -1"):
         AdaptiveThreshold(neighbours=-1)
+
+
+def test_given_parts_do_not_count_in_mean_and_deviation() -> None:
+    threshold = AdaptiveThreshold(0.7, neighbours=0, always_ends=False)
+    scores = torch.tensor([[0.0, 0.0, 0.0, 0.0, 2.0, 3.0, 2.0, 5.0]])
+    made = torch.tensor([[False] * 4 + [True] * 4])
+    alone = threshold(scores[:, 4:])
+    assert torch.equal(threshold(scores, made)[:, 4:], alone)
+    assert torch.equal(threshold(scores, torch.ones_like(made)), threshold(scores))
+    assert not torch.equal(threshold(scores)[:, 4:], threshold(scores, made)[:, 4:])
+    assert not threshold(scores, torch.zeros_like(made)).isnan().any()
