@@ -95,6 +95,18 @@ class KnownParts:
     data: Tensor  # (B, *S) anything where it is not given
     given: Tensor  # (B, 1, *A) or (B, *S) bool
 
+    def check(self, num_samples: int, shape: tuple[int, ...]) -> None:
+        """Raise ValueError unless these are parts of so many states of `shape`, S."""
+        data, given = tuple(self.data.shape), tuple(self.given.shape)
+        whole = (num_samples, *shape)
+        if data != whole or given not in (whole, (num_samples, 1, *shape[1:])):
+            raise ValueError(
+                f"known: data of {list(data)} and a mask of {list(given)} are no parts of "
+                f"{num_samples} states of {list(shape)}"
+            )
+        if self.given.dtype != torch.bool:
+            raise ValueError(f"known: the mask must be bool, not {self.given.dtype}")
+
     def hold(self, estimates: Tensor) -> Tensor:
         """Return estimates of the data (B, *S) with the given data in their places."""
         return torch.where(self.given, self.data.to(estimates), estimates)

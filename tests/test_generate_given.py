@@ -214,3 +214,13 @@ def test_files_that_cannot_be_used_are_one_line(
     shown = capsys.readouterr().err.strip()
     assert line in shown and len(shown.splitlines()) == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_files_that_do_not_go_together_are_one_line() -> None:
+    for files, message in (
+        ({"image": "a.png"}, "media.image needs media.mask"),
+        ({"mask": "a.png"}, "media.mask says what of media.image is to be made"),
+        ({"image": "a.png", "mask": "b.png", "first_frame": "c.png"}, "not both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GivenFiles(**files)

@@ -94,7 +94,10 @@ class DenoisingSampler(ABC):
 
         `condition` and `known` hold tensors of `num_samples` rows.  A sample depends on `seed` and
         on its index, 0, 1, ... unless `indices` are given, and on nothing else of the batch.
+        Raises ValueError for parts that are not of these samples.
         """
+        if known is not None:
+            known.check(num_samples, self.target.shape)
         numbers = list(range(num_samples)) if indices is None else list(indices)
         assert len(set(numbers)) == num_samples, "samples need different indices"
         condition = {} if condition is None else dict(condition)

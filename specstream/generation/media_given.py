@@ -30,6 +30,14 @@ class GivenFiles:
     mask: str | None = None
     first_frame: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.mask is not None and self.image is None:
+            raise ValueError("media.mask says what of media.image is to be made: give both")
+        if self.image is not None and self.mask is None:
+            raise ValueError("media.image needs media.mask, white where something is to be made")
+        if self.image is not None and self.first_frame is not None:
+            raise ValueError("give media.image with media.mask, or media.first_frame; not both")
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -52,7 +60,7 @@ def asked_for(run: MediaRun, prompt: str, files: GivenFiles, num_samples: int) -
     elif wanted == "first_frame":
         refuse("first_frame", "this model goes on from a picture: give one")
     elif files.image is not None:
-        assert files.mask is not None, "the options ask for both"
+        assert files.mask is not None
         if wanted == "image":
             seen = with_hole(run, files.image, files.mask)
         else:

@@ -225,3 +225,17 @@ def test_of_the_parts_of_a_draft_those_that_are_given_are_not_counted() -> None:
         )
         pipeline.complete(2, seed=0, known=held)
         assert (pipeline.stats.tested, pipeline.stats.accepted) == ([2 * 4], [2 * stand])
+
+
+@pytest.mark.parametrize(
+    ("data", "given", "message"),
+    [
+        (torch.zeros(2, SIZE), torch.ones(3, SIZE, dtype=torch.bool), r"a mask of \[3, "),
+        (torch.zeros(2, SIZE + 1), torch.ones(2, SIZE, dtype=torch.bool), "no parts of 2 states"),
+        (torch.zeros(2, SIZE), torch.ones(2, SIZE), "the mask must be bool, not torch.float32"),
+    ],
+)
+def test_parts_of_other_samples_are_one_line(data: Tensor, given: Tensor, message: str) -> None:
+    pipeline = DenoisingPipeline(mixture_model(), 4, 1.0)
+    with pytest.raises(ValueError, match=message):
+        pipeline.complete(2, known=KnownParts(data, given))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -112,14 +112,7 @@ class MediaOptions:
                 raise ValueError(f"media.{name} is for drafted steps, and this is a refinement")
 
     def _check_given(self) -> None:
-        if self.mask is not None and self.image is None:
-            raise ValueError("media.mask says what of media.image is to be made: give both")
-        if self.image is not None and self.mask is None:
-            raise ValueError("media.image needs media.mask, white where something is to be made")
-        if self.image is not None and self.first_frame is not None:
-            raise ValueError("give media.image with media.mask, or media.first_frame; not both")
-        for name in ("image", "mask", "first_frame"):
-            path = getattr(self, name)
+        for name, path in asdict(self.given).items():
             if path is not None and not Path(path).is_file():
                 raise ValueError(f"media.{name}: there is no file '{path}'")
 
