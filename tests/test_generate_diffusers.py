@@ -50,10 +50,22 @@ def test_every_sampler_can_be_asked_for(sampler: str, config: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "flags, line",
     [
-        (["--prompt", "", "--media.tolerance", "1"], "for the samplers by-error and picard"),
+        (["--prompt", "", "--media.tolerance", "1"], "for the samplers by-error, picard"),
         (["--prompt", "", "--media.sampler", "picard", "--media.free_draft", "estimate"], "ddim's"),
         (["--prompt", "", "--media.sampler", "by-error", "--media.eta", "1"], "eta must be 0"),
         (["--prompt", "", "--media.window", "3"], "nothing drafts here: give a free_draft"),
+        (
+            ["--prompt", "", "--media.free_draft", "first-block"],
+            "first-block: diffusers caches no blocks of a UNet2DModel",
+        ),
+        (
+            ["--prompt", "", "--media.sampler", "step-cache"],
+            "first-block: diffusers caches no blocks of a UNet2DModel",
+        ),
+        (
+            ["--prompt", "", "--media.sampler", "step-cache", "--media.window", "auto"],
+            "window auto is for drafted steps; that of step-cache is a number",
+        ),
         (
             ["--prompt", "", "--media.guidance", "3"],
             "weight of a prompt, and this target takes none",

@@ -34,7 +34,13 @@ from specstream.benchmark.masked_prompts import (
     ReferencedPrompts,
 )
 from specstream.benchmark.masked_study import MaskedStudy, MaskedTask
-from specstream.benchmark.media_curves import AcceptByError, Picard, SolverCurve, SolverSteps
+from specstream.benchmark.media_curves import (
+    AcceptByError,
+    Picard,
+    SolverCurve,
+    SolverSteps,
+    StepCache,
+)
 from specstream.benchmark.media_methods import (
     EqualRounds,
     EqualSeconds,
@@ -97,6 +103,7 @@ __all__ = [
     "SolverSteps",
     "Speculative",
     "SpeedStudy",
+    "StepCache",
     "StepStudy",
     "Student",
     "Study",

@@ -15,6 +15,7 @@ from specstream.generation.accept_by_error import AcceptByErrorPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.picard import PicardPipeline
 from specstream.generation.solvers import Euler, Solver, SolverPipeline
+from specstream.generation.step_caching import StepCachePipeline
 
 STEPS = (5, 7, 9, 11, 13, 17, 25)
 TOLERANCES = (0.001, 0.003, 0.01, 0.03)
@@ -136,5 +137,36 @@ class Picard(SolverCurve):
                 guidance=setting.guidance,
                 batch_size=setting.batch_size,
                 solver=self.solver,
+            )
+            yield CurvePoint(f"{self.name} {tolerance:g}", pipeline)
+
+
+@dataclass(frozen=True)
+class StepCache(SolverCurve):
+    """Steps that the target's first block takes with what its other blocks added before.
+
+    A step that is skipped costs a call of the first block, which is no round.
+
+    Args:
+        name: what the table calls it.
+        tolerances: of the first block's relative change; a point for each.
+        window: the most steps that are skipped in a row.
+        tasks: names of the tasks it is for; null for all.
+    """
+
+    name: str
+    tolerances: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2, 0.4])
+    window: int = 8
+    tasks: list[str] | None = None
+
+    def points(self, models: MediaModels, setting: MediaSetting) -> Iterator[CurvePoint]:
+        for tolerance in self.tolerances:
+            pipeline = StepCachePipeline(
+                models.target,
+                setting.num_steps,
+                tolerance=tolerance,
+                window=self.window,
+                guidance=setting.guidance,
+                batch_size=setting.batch_size,
             )
             yield CurvePoint(f"{self.name} {tolerance:g}", pipeline)

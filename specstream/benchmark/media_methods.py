@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from specstream.generation import DraftLength
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.loading import Quantized, find_device
-from specstream.generation.media_loading import Window, drafted_lengths, free_drafter
+from specstream.generation.media_loading import Free, Window, drafted_lengths, free_drafter
 from specstream.generation.media_quantization import quantize_denoisers
 from specstream.generation.solvers import Solver, SolverPipeline
 from specstream.media_processor import load_media_processor
@@ -284,19 +284,20 @@ class FreeDraft(DraftedSteps):
 
     Args:
         name: what the table calls it.
-        draft: the target's last "estimate" of the data, or its last "velocity".
+        draft: the target's last "estimate" of the data, its last "velocity", or its "first-block"
+            with what the others added last.
         window: steps that are drafted in a round, at most; auto: measured costs choose.
         tasks: names of the tasks it is for; null for all.
     """
 
     name: str
-    draft: Literal["estimate", "velocity"] = "estimate"
+    draft: Free = "estimate"
     window: Window = 8
     tasks: list[str] | None = None
     kind = "free draft"
 
     def pipeline(self, models: MediaModels, setting: MediaSetting) -> DenoisingSampler:
-        drafter = free_drafter(self.draft, models.target)
+        drafter = free_drafter(self.draft, models.target, setting.guidance)
         assert drafter is not None
         return models.drafted(setting, drafter, drafted_lengths(drafter, self.window))
 

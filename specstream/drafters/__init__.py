@@ -10,6 +10,7 @@ from specstream.drafters.denoising import (
 )
 from specstream.drafters.draft_model import CutDraftModel, DraftModel
 from specstream.drafters.eagle import Eagle3
+from specstream.drafters.first_block import FirstBlockDenoiser
 from specstream.drafters.lookup_first import LookupFirst
 from specstream.drafters.masked import MaskedDraftModel
 from specstream.drafters.medusa import Medusa
@@ -25,6 +26,7 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "Eagle3",
+    "FirstBlockDenoiser",
     "FrozenEstimate",
     "FrozenVelocity",
     "IndependentDenoiser",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from specstream.models.consistency import ConsistencyModel
-from specstream.models.denoiser import Denoiser
+from specstream.models.denoiser import Denoiser, Reads
 from specstream.sampling import Noise, Role
 from specstream.structures import Law, StateContext, StateDraft
 from specstream.transitions import (
@@ -36,15 +36,15 @@ class StateDrafter(nn.Module, ABC):
 
     `needs_estimate` says that it goes on from what the target said last: until there is such an
     estimate, the rows wait.  `trained_guidance` is that of the target it was trained for: with
-    another its drafts are as exact, but fewer may stand; None: it is for any.  `feature_size` is
-    the width of the target's hidden states that it reads; 0: it reads none.
+    another its drafts are as exact, but fewer may stand; None: it is for any.  `reads` is what it
+    reads of the target's thoughts where it spoke last.
     """
 
     law: ClassVar[Law] = Law.GAUSSIAN
     needs_estimate: ClassVar[bool] = True
     calls_a_step: ClassVar[bool] = False  # whether a network runs for every drafted step
     trained_guidance: float | None = None
-    feature_size: int = 0
+    reads: Reads | None = None
 
     @abstractmethod
     def estimate(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from specstream.drafters.denoising import StateDrafter
-from specstream.models.denoiser import Denoiser
+from specstream.models.denoiser import Denoiser, Reads
 from specstream.models.patch_transformer import PatchTransformer
 from specstream.models.text_conditions import short_condition
 from specstream.structures import StateContext
@@ -42,9 +42,9 @@ class CorrectingDrafter(StateDrafter):
         self.network = network
         self.trained_guidance = guidance
         self.num_steps = num_steps
-        self.feature_size, self.told_noise = 0, False
+        self.told_noise = False
         if isinstance(network, PatchTransformer):
-            self.feature_size = network.feature_size
+            self.reads = Reads.HIDDEN if network.feature_size else None
             sizes = network.options
             self.told_noise = sizes["in_channels"] * num_steps == 3 * sizes["out_channels"]
 
@@ -57,7 +57,7 @@ class CorrectingDrafter(StateDrafter):
             drawn = noise_since(states, steps, context, grid)
             shown = [drawn.to(states), context.estimates, context.seen]
         told = dict(short_condition(context.condition))
-        if self.feature_size:
+        if self.reads:
             assert context.features is not None, "drafts begin after the target's first word"
             told["features"] = context.features
         dtype = next(self.network.parameters()).dtype
@@ -138,7 +138,7 @@ def noise_since(states: Tensor, steps: Tensor, context: StateContext, grid: Step
 
 def check_features(drafter: StateDrafter, target: Denoiser) -> None:
     """Raise ValueError where a drafter reads hidden states that its target does not have."""
-    if not isinstance(drafter, CorrectingDrafter) or not drafter.feature_size:
+    if not isinstance(drafter, CorrectingDrafter) or not drafter.reads:
         return
     own, network = drafter.network, target.network
     assert isinstance(own, PatchTransformer)

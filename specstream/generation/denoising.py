@@ -12,7 +12,6 @@ Shapes: B rows, K drafted steps, S the shape of a state, N steps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -23,9 +22,8 @@ from specstream.drafters.residual import check_features
 from specstream.generation.drafting_sampler import DraftingSampler
 from specstream.generation.lengths import DraftLength, FixedLength, StepCosts
 from specstream.models.denoiser import Denoiser
-from specstream.models.patch_transformer import PatchTransformer
 from specstream.sampling import Noise, Role
-from specstream.structures import Guarantee, KnownParts, StateContext, StateDraft, StateVerdict
+from specstream.structures import Guarantee, StateContext, StateDraft, StateVerdict
 from specstream.transitions import place_known, step_stds, transition
 from specstream.verification.gaussian import ReflectionCoupling, StateVerifier
 
@@ -73,7 +71,7 @@ class DenoisingPipeline(DraftingSampler[StateDraft]):
                 f"drafts, and {type(drafter).__name__}'s are {drafter.law.value}"
             )
         self.drafter = drafter
-        self.with_features = drafter is not None and drafter.feature_size > 0
+        self.reads = None if drafter is None else drafter.reads
         if drafter is not None:
             check_features(drafter, target)
         self.verifier = verifier
@@ -94,21 +92,6 @@ class DenoisingPipeline(DraftingSampler[StateDraft]):
         if self.drafter is None or (self.drafter.needs_estimate and step == 0):
             return 0
         return min(self.grid.num_steps - 1, self.last_drawn) - step
-
-    def _start(
-        self,
-        indices: Sequence[int],
-        condition: dict[str, Tensor],
-        noise: Noise,
-        known: KnownParts | None = None,
-    ) -> StateContext:
-        context = super()._start(indices, condition, noise, known)
-        network = self.target.network
-        if self.with_features and isinstance(network, PatchTransformer):
-            num_patches = math.prod(self.target.shape[1:]) // math.prod(network.patch)
-            sizes = (len(indices), num_patches, network.hidden_size)
-            context.features = context.states.new_zeros(sizes)
-        return context
 
     @property
     def drafter_parts(self) -> tuple[object, ...]:
@@ -133,7 +116,7 @@ class DenoisingPipeline(DraftingSampler[StateDraft]):
         noise: Noise,
     ) -> Tensor:
         states = torch.cat([part.states[:, None], draft.states], 1)  # (B, K+1, *S)
-        said = self._ask(part, states, draft.lengths, sum(wanted), self.with_features)
+        said = self._ask(part, states, draft.lengths, sum(wanted), self.reads)
         estimates, features = said.estimates, said.features
         verdict = self._verify(part, draft, states, estimates, noise)
         counts = verdict.accepted.sum(1)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from specstream.generation.lengths import DraftLength, RowLength, StepCosts
-from specstream.models.denoiser import Denoiser, Evaluation
+from specstream.models.denoiser import Denoiser, Evaluation, Reads
 from specstream.models.quantization import quantization_report, quantized_law
 from specstream.sampling import Noise, Role
 from specstream.structures import Guarantee, KnownParts, StateContext, StateStep, Stats
@@ -223,9 +223,12 @@ class DenoisingSampler(ABC):
         states: Tensor,
         lengths: Tensor,
         num_drafted: int,
-        with_features: bool = False,
+        reads: Reads | None = None,
     ) -> Evaluation:
-        """Do what `_evaluate` does, and if asked return the target's features (B, K+1, P, D)."""
+        """Do what `_evaluate` does, and return what is read of the target's thoughts.
+
+        All of them with axes (B, K+1) before their own.
+        """
         shown = lengths + 1
         rows = torch.arange(len(shown), device=shown.device)
         row = rows.repeat_interleave(shown, output_size=len(shown) + num_drafted)
@@ -236,18 +239,19 @@ class DenoisingSampler(ABC):
         given = (states[row, place], steps, self.grid, condition, self.guidance)
         self.stats.target_calls += 1
         self.stats.target_rows += len(row) * (2 if self.guidance != 1 and condition else 1)
-        if with_features:
-            said = self.target.evaluate(*given, with_features=True)
-        else:
-            said = Evaluation(self.target(*given), None)
+        said = self.target.evaluate(*given, reads=reads)
         held = said.estimates if part.known is None else part.known.rows(row).hold(said.estimates)
+
+        def placed(found: Tensor | None) -> Tensor | None:
+            if found is None:
+                return None
+            whole = found.new_zeros(*states.shape[:2], *found.shape[1:])
+            whole[row, place] = found
+            return whole
+
         estimates = torch.zeros_like(states)
         estimates[row, place] = held
-        if said.features is None:
-            return Evaluation(estimates, None)
-        features = said.features.new_zeros(*states.shape[:2], *said.features.shape[1:])
-        features[row, place] = said.features
-        return Evaluation(estimates, features)
+        return Evaluation(estimates, placed(said.features), placed(said.first))
 
     def _commit(
         self,
@@ -263,8 +267,8 @@ class DenoisingSampler(ABC):
         """Move the rows `index` (R,) on by the `counts` (R,) that stand and one step more.
 
         states and estimates (R, K+1, *S): what the target saw and said; following (R, *S): the
-        states that come after what stands, but for what is given of them; features (R, K+1, P, D):
-        the target's, if they are read.
+        states that come after what stands, but for what is given of them; features (R, K+1, ...):
+        what is read of the target's thoughts there.
         """
         rows = torch.arange(len(index), device=index.device)
         if context.known is not None:
@@ -274,7 +278,9 @@ class DenoisingSampler(ABC):
         context.seen[index] = states[rows, counts]
         context.estimates[index] = estimates[rows, counts]
         if features is not None:
-            assert context.features is not None
+            if context.features is None:  # of rows that were not asked of yet: nothing
+                shape = (len(context.steps), *features.shape[2:])
+                context.features = features.new_zeros(shape)
             context.features[index] = features[rows, counts]
         context.seen_steps[index] = context.steps[index] + counts
         context.steps[index] += counts + 1

@@ -112,8 +112,8 @@ class DraftingSampler(DenoisingSampler, Generic[DraftT]):
         self.stats = self._new_stats()  # these rounds are no run's: not of the one before either
         noise = Noise(0, self.target.device)
         context = self._start(range(num_rows), condition, noise)
-        context.seen_steps.fill_(0)  # a drafter that goes on from an estimate has one
         index = torch.arange(num_rows, device=context.steps.device)
+        self._round(context, index, [0] * num_rows, noise)  # drafters go on from the target's word
         part = context.rows(index)
         passes: list[Callable[[], object]] = []
         for k in (0, *self.lengths.choices):

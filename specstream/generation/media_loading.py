@@ -17,6 +17,7 @@ from specstream.drafters.denoising import (
     IndependentDenoiser,
     StateDrafter,
 )
+from specstream.drafters.first_block import FirstBlockDenoiser
 from specstream.drafters.loading import read_record
 from specstream.drafters.residual import WindowDenoiser
 from specstream.drafters.state_loading import load_small, load_state_drafter, load_state_target
@@ -41,6 +42,7 @@ from specstream.generation.solvers import (
     Solver,
     SolverPipeline,
 )
+from specstream.generation.step_caching import StepCachePipeline
 from specstream.media_processor import MediaProcessor, load_media_processor
 from specstream.models.codec import Compression, PixelCodec
 from specstream.models.consistency import ConsistencyModel
@@ -51,11 +53,14 @@ from specstream.models.quantization import USUAL
 from specstream.models.state_shape import MediaSize, shape_of_size
 from specstream.verification.quality import AdaptiveThreshold
 
+TOLERANCES = {"by-error": 0.01, "picard": 0.01, "step-cache": 0.1}  # unless said
 WINDOW = 8  # drafted steps a round, unless said; the most where measured costs choose
 EVERY = 2  # of the lengths that are chosen from, one in so many: each has to be measured
-FREE = ("estimate", "velocity")  # drafts that need no training
+Free = Literal["estimate", "velocity", "first-block"]  # drafts that need no training
 Window = int | Literal["auto"]  # steps drafted in a round; auto: measured costs choose
-Sampler = Literal["ddim", "adams-bashforth", "dpm-solver++", "by-error", "picard", "consistency"]
+Sampler = Literal[
+    "ddim", "adams-bashforth", "dpm-solver++", "by-error", "picard", "step-cache", "consistency"
+]
 MOST_AT_ONCE = 64  # samples of a small model that are drawn together, unless said
 
 
@@ -81,7 +86,7 @@ class SamplerOptions:
     guidance: float = 1.0
     sampler: Sampler = "ddim"
     tolerance: float | None = None
-    free_draft: Literal["estimate", "velocity"] | None = None
+    free_draft: Free | None = None
     window: Window | None = None
     refinement: Refinement | None = None
     batch_size: int | None = None
@@ -272,8 +277,9 @@ def media_sampler(
             raise ValueError(f"drafters are for ddim's steps, not for sampler {options.sampler}")
         return deterministic_sampler(target, options, size)
     if options.tolerance is not None:
-        raise ValueError("tolerance is for the samplers by-error and picard")
-    drafter = free_drafter(options.free_draft, target) if drafter is None else drafter
+        raise ValueError("tolerance is for the samplers by-error, picard and step-cache")
+    if drafter is None:
+        drafter = free_drafter(options.free_draft, target, options.guidance)
     if drafter is None and options.window is not None:
         raise ValueError("window is for drafts, and nothing drafts here: give a free_draft")
     return DenoisingPipeline(
@@ -314,13 +320,13 @@ def deterministic_sampler(target: Denoiser, options: SamplerOptions, size: int) 
         "adams-bashforth": AdamsBashforth2(),
         "dpm-solver++": DPMSolver2M(),
     }
-    if name != "picard" and options.eta not in (None, 0):
+    if name not in ("picard", "step-cache") and options.eta not in (None, 0):
         raise ValueError(f"sampler {name} is deterministic: eta must be 0, not {options.eta}")
     if name in solvers:
         if options.tolerance is not None or options.window is not None:
             raise ValueError(f"sampler {name} guesses nothing: tolerance and window are for others")
         return SolverPipeline(target, options.num_steps, solvers[name], options.guidance, size)
-    tolerance = 0.01 if options.tolerance is None else options.tolerance
+    tolerance = TOLERANCES[name] if options.tolerance is None else options.tolerance
     if name == "by-error":
         return AcceptByErrorPipeline(
             target,
@@ -331,10 +337,11 @@ def deterministic_sampler(target: Denoiser, options: SamplerOptions, size: int) 
             batch_size=size,
         )
     if options.window == "auto":
-        raise ValueError("window auto is for drafted steps; picard's window is a number")
+        raise ValueError(f"window auto is for drafted steps; that of {name} is a number")
     window = WINDOW if options.window is None else options.window
     eta = 0.0 if options.eta is None else options.eta
-    return PicardPipeline(target, options.num_steps, eta, tolerance, window, options.guidance, size)
+    kind = PicardPipeline if name == "picard" else StepCachePipeline
+    return kind(target, options.num_steps, eta, tolerance, window, options.guidance, size)
 
 
 def drafted_lengths(drafter: StateDrafter | None, window: Window | None) -> DraftLength:
@@ -370,8 +377,10 @@ def refined_parts(target: Denoiser, processor: MediaProcessor) -> Parts:
     return Parts(target.shape, (bands, frames // math.gcd(frames, 16)))
 
 
-def free_drafter(name: str | None, target: Denoiser) -> StateDrafter | None:
+def free_drafter(name: Free | None, target: Denoiser, guidance: float) -> StateDrafter | None:
     """Return the drafter of that name that needs no training; None for none."""
     if name is None:
         return None
+    if name == "first-block":
+        return FirstBlockDenoiser(target, guidance)
     return FrozenEstimate() if name == "estimate" else FrozenVelocity(target)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from specstream.files import one_line, read_table
-from specstream.models.denoiser import STUDENT, Denoiser, Evaluation, read_denoiser
+from specstream.models.denoiser import STUDENT, Denoiser, Evaluation, Reads, read_denoiser
 from specstream.models.noise_schedule import NoiseSchedule, check_steps
 from specstream.transitions import Prediction, StepGrid
 
@@ -70,10 +70,11 @@ class ConsistencyModel(Denoiser):
         grid: StepGrid,
         condition: Mapping[str, Tensor] | None = None,
         guidance: float = 1.0,
-        with_features: bool = False,
+        reads: Reads | None = None,
+        rest: Tensor | None = None,
     ) -> Evaluation:
         """Return the ends of trajectories where `Denoiser` returns estimates."""
-        return super().evaluate(states, steps, grid, condition, with_features=with_features)
+        return super().evaluate(states, steps, grid, condition, reads=reads, rest=rest)
 
     def few(self, num_steps: int) -> StepGrid:
         """Return `num_steps` of the levels it was distilled on, evenly chosen, and data.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from specstream.files import one_line
+from specstream.models.first_block import FirstBlock, first_block
 from specstream.models.noise_schedule import (
     DiscreteSchedule,
     FlowSchedule,
@@ -33,12 +35,26 @@ SCHEDULES: dict[str, type[NoiseSchedule]] = {
 }
 
 
+class Reads(Enum):
+    """What of a target's thoughts a drafter reads.
+
+    HIDDEN: its last hidden states, (R, P, D); of a guided model, those that were told the
+        condition.
+    REST: what its blocks after the first added, (R, T, D); of a guided model also without the
+        condition, (R, 2 T, D).
+    """
+
+    HIDDEN = "hidden"
+    REST = "rest"
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """What a diffusion model says of states, and what it thought on the way."""
 
     estimates: Tensor  # (R, *S) of the data
-    features: Tensor | None  # (R, P, D) its last hidden states, one for each of its P patches
+    features: Tensor | None = None  # what was asked for of its thoughts
+    first: Tensor | None = None  # (R, T, D) what the first block added, where REST was asked for
 
 
 class Denoiser(nn.Module):
@@ -69,6 +85,7 @@ class Denoiser(nn.Module):
         self.other_shapes: tuple[tuple[int, ...], ...] = ()  # that it was trained on too
         self.path: str | None = None
         self._spread: SpreadNetwork | None = None
+        self._first_block: FirstBlock | None = None
 
     @property
     def device(self) -> torch.device:
@@ -124,42 +141,63 @@ class Denoiser(nn.Module):
         grid: StepGrid,
         condition: Mapping[str, Tensor] | None = None,
         guidance: float = 1.0,
-        with_features: bool = False,
+        reads: Reads | None = None,
+        rest: Tensor | None = None,
     ) -> Evaluation:
-        """Return what `forward` does and, if asked, the hidden states of a `PatchTransformer`.
+        """Return what `forward` does and what `reads` names of the network's thoughts.
 
-        Of a guided model these are the ones that were told the condition.
+        rest: what was read so at other states; only the network's first block runs then, and this
+        stands for what the others add.  ValueError for a network that has no first block.
         """
         times = grid.times[steps].float()
-        if guidance == 1 or not condition:
-            output, features = self._ask(states, times, condition, with_features)
-        else:
+        guided = guidance != 1 and bool(condition)
+        if guided:
+            assert condition is not None
             nothing = {name: self.unconditional(name, value) for name, value in condition.items()}
-            both = {name: torch.cat([value, nothing[name]]) for name, value in condition.items()}
-            doubled, features = self._ask(
-                torch.cat([states, states]), torch.cat([times, times]), both, with_features
-            )
-            given, free = doubled.chunk(2)
-            output = free + guidance * (given - free)
-            features = None if features is None else features[: len(states)]
+            condition = {n: torch.cat([value, nothing[n]]) for n, value in condition.items()}
+            states, times = torch.cat([states, states]), torch.cat([times, times])
+            rest = None if rest is None else torch.cat(rest.chunk(2, 1))
+        output, features, first = self._ask(states, times, condition, reads, rest)
+        if guided:
+            given, free = output.chunk(2)
+            output, states = free + guidance * (given - free), states[: len(given)]
+            if features is not None and reads is Reads.HIDDEN:
+                features = features[: len(given)]
+            elif features is not None:
+                features = torch.cat(features.chunk(2), 1)
+            first = None if first is None else first[: len(given)]
         alphas, sigmas = grid.alphas[steps], grid.sigmas[steps]
         estimates = data_estimate(output, states.float(), alphas, sigmas, self.prediction)
         if self.clip is not None:
             estimates = estimates.clamp(-self.clip, self.clip)
-        return Evaluation(estimates, features)
+        return Evaluation(estimates, features, first)
 
     def _ask(
         self,
         states: Tensor,
         times: Tensor,
         condition: Mapping[str, Tensor] | None,
-        with_features: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        if not with_features:
-            return self.output(states, times, condition), None
-        assert isinstance(self.network, PatchTransformer) and self._spread is None
-        said = self.network.spoken(states.to(self.dtype), times[:, None], **(condition or {}))
-        return said.output.float(), said.hidden.float()
+        reads: Reads | None,
+        rest: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if reads is None:
+            return self.output(states, times, condition), None, None
+        states, times = states.to(self.dtype), times[:, None]
+        if reads is Reads.HIDDEN:
+            assert isinstance(self.network, PatchTransformer) and self._spread is None
+            said = self.network.spoken(states, times, **(condition or {}))
+            return said.output.float(), said.hidden.float(), None
+        word = self.first_block(states, times, condition or {}, rest)
+        return word.output.float(), word.rest, word.first
+
+    @property
+    def first_block(self) -> FirstBlock:
+        """The network by its first block; ValueError in one line where it cannot be run so."""
+        if self._spread is not None:
+            raise ValueError("first-block: a target that is cached is on one device")
+        if self._first_block is None:
+            self._first_block = first_block(self.network)
+        return self._first_block
 
     def unconditional(self, name: str, value: Tensor) -> Tensor:
         """Return what stands for "no condition" in place of `value` (R, ...)."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from specstream.files import read_table
 from specstream.models.consistency import ConsistencyModel
-from specstream.models.denoiser import STUDENT, Evaluation
+from specstream.models.denoiser import STUDENT, Evaluation, Reads
 from specstream.models.diffusers_network import DiffusersNetwork
 from specstream.models.lora import adapter_parameters
 from specstream.models.network_adapters import (
@@ -86,9 +86,10 @@ class LatentConsistencyModel(ConsistencyModel):
         grid: StepGrid,
         condition: Mapping[str, Tensor] | None = None,
         guidance: float = 1.0,
-        with_features: bool = False,
+        reads: Reads | None = None,
+        rest: Tensor | None = None,
     ) -> Evaluation:
-        found = super().evaluate(states, steps, grid, condition, guidance, with_features)
+        found = super().evaluate(states, steps, grid, condition, guidance, reads, rest)
         clean = wide(grid.sigmas[steps], states) == 0
         return replace(found, estimates=torch.where(clean, states.float(), found.estimates))
 

@@ -33,10 +33,12 @@ def waves(values: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
-    """What a network returns, and the last of its hidden states."""
+    """What a network returns, the last of its hidden states, and how it came to them."""
 
     output: Tensor  # (R, out_channels, *A)
     hidden: Tensor  # (R, P, D)
+    read: Tensor  # (R, P, D) what the first block read
+    begun: Tensor  # (R, P, D) what the first block made of it
 
 
 class PatchTransformer(nn.Module):
@@ -132,8 +134,13 @@ class PatchTransformer(nn.Module):
         classes: Tensor | None = None,
         text: Tensor | None = None,
         features: Tensor | None = None,
+        rest: Tensor | None = None,
     ) -> Spoken:
-        """Return what `forward` does, and the hidden states that it was read from."""
+        """Return what `forward` does, and the hidden states that it was read from.
+
+        rest (R, P, D): added in place of what the blocks after the first would add, which then do
+        not run.
+        """
         patches, counts = self.cut(states)
         hidden = self.read(patches) + self.positions(counts, states.device).to(patches)
         if self.features is not None:
@@ -148,11 +155,16 @@ class PatchTransformer(nn.Module):
         if self.text is not None:
             nothing = patches.new_zeros(len(patches), self.text.in_features)
             told = told + self.text(nothing if text is None else text.to(patches))
-        for block in self.blocks:
-            hidden = block(hidden, told)
+        read = hidden
+        hidden = begun = self.blocks[0](read, told)
+        if rest is None:
+            for block in self.blocks[1:]:
+                hidden = block(hidden, told)
+        else:
+            hidden = hidden + rest.to(hidden)
         shift, scale = self.last_scale(nn.functional.silu(told))[:, None].chunk(2, -1)
         written = self.write(self.last_norm(hidden) * (1 + scale) + shift)
-        return Spoken(self.join(written, counts), hidden)
+        return Spoken(self.join(written, counts), hidden, read, begun)
 
     def cut(self, states: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Return patches (R, P, C * volume) and how many lie along each axis."""

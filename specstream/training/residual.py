@@ -217,7 +217,7 @@ class ResidualModule(SummedLossModule):
                 self.eta,
                 self.guidance,
                 noise,
-                with_features=self.drafter.feature_size > 0,
+                reads=self.drafter.reads,
             )
 
         if self.kept is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specstream.models.denoiser import Denoiser
+from specstream.models.denoiser import Denoiser, Reads
 from specstream.sampling import Noise, Role
 from specstream.transitions import StepGrid, transition
 
@@ -67,7 +67,7 @@ def draw_trajectories(
     eta: float,
     guidance: float,
     noise: Noise,
-    with_features: bool = False,
+    reads: Reads | None = None,
 ) -> Trajectories:
     """Draw a sample of the target for each row's key (B,), and keep the way there."""
     shape = target.shape
@@ -75,7 +75,7 @@ def draw_trajectories(
     kept, said, thought = [], [], []
     for step in range(grid.num_steps):
         steps = torch.full_like(keys, step)
-        found = target.evaluate(states, steps, grid, condition, guidance, with_features)
+        found = target.evaluate(states, steps, grid, condition, guidance, reads)
         kept.append(states)
         said.append(found.estimates)
         if found.features is not None:

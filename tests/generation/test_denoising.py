@@ -18,6 +18,7 @@ from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import CostModelLength, FixedLength
 from specstream.metrics import energy_test
 from specstream.models import ConsistencyModel, Denoiser, FlowSchedule, PatchTransformer
+from specstream.models.denoiser import Reads
 from specstream.structures import KnownParts
 from specstream.transitions import Prediction
 from specstream.verification.gaussian import ReflectionCoupling
@@ -134,7 +135,7 @@ def test_a_drafter_reads_what_the_target_thought_of_the_state_it_estimated_from(
     def watch(context, lengths, grid, eta, noise):
         seen = context.seen_steps
         given = (context.seen, seen, grid, context.condition, guidance)
-        said = target.evaluate(*given, with_features=True)
+        said = target.evaluate(*given, reads=Reads.HIDDEN)
         times = grid.times[seen][:, None].float()
         hidden = target.network.spoken(context.seen, times, context.condition["classes"])
         estimates = said.estimates if held is None else context.known.hold(said.estimates)

@@ -15,6 +15,7 @@ from specstream.drafters.state_loading import load_state_drafter
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import FixedLength
 from specstream.models import Denoiser, FlowSchedule, PatchTransformer
+from specstream.models.denoiser import Reads
 from specstream.structures import StateContext
 from specstream.training import (
     DenoisingModule,
@@ -259,7 +260,7 @@ def test_a_drafter_that_reads_hidden_states_is_exported_and_samples(
     module = ResidualModule(wake(network(2, 2, 1, 16)), target, num_steps=8, window=3)
     module.export(run, Digits().processor)
     drafter = load_state_drafter(run / "draft", module.target)
-    assert drafter.feature_size == 16
+    assert drafter.reads is Reads.HIDDEN
     given = ["--run", str(run), "--prompt", "7", "--output", str(output), "--media.steps", "8"]
     assert generate([*given, "--media.window", "3"]) == 0 and output.is_file()
 

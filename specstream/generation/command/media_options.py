@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from specstream.generation.media_given import GivenFiles
-from specstream.generation.media_loading import Refinement, Sampler, Window
+from specstream.generation.media_loading import Free, Refinement, Sampler, Window
 from specstream.models.state_shape import MediaSize
 
 STEPS, FEW_STEPS = 50, 4  # unless said; few of a student that samples alone
@@ -27,15 +27,16 @@ class MediaOptions:
         guidance: weight of the prompt; 1 is that of training, more follows it more closely.
         sampler: ddim, whose steps have a law where eta is above 0; adams-bashforth and dpm-solver++
             are better solvers of the deterministic one; by-error guesses its velocities and keeps
-            what is within a tolerance; picard puts a window of steps right at once; consistency has
-            a student of few steps sample alone.
-        tolerance: of by-error (squared error of a velocity) and picard (change of a state); 0.01
-            unless said.
+            what is within a tolerance; picard puts a window of steps right at once; step-cache
+            skips steps by the target's first block; consistency has a student of few steps sample
+            alone.
+        tolerance: of by-error (squared error of a velocity), picard (change of a state), 0.01
+            unless said, and step-cache (relative change of the first block), 0.1 unless said.
         window: steps drafted in a round, at most; auto: as many as pay, 0 included, by costs that
             are measured once for the models and the machine; none: 8.
         devices: GPUs that the rows of a call of the target are split over.
-        free_draft: draft without a trained drafter, from the target's last estimate of the data or
-            its last velocity.
+        free_draft: draft without a trained drafter, from the target's last estimate of the data,
+            its last velocity, or by its first block and what its others added last.
         draft_steps: refine selectively: denoise in so few steps, then have the target do again the
             frames (regions, segments) that look bad; 8 unless said.  This, main_steps or
             refinement_threshold turns refinement on.
@@ -66,7 +67,7 @@ class MediaOptions:
     tolerance: float | None = None
     window: Window | None = None
     devices: int = 1
-    free_draft: Literal["estimate", "velocity"] | None = None
+    free_draft: Free | None = None
     draft_steps: int | None = None
     main_steps: int | None = None
     refinement_threshold: float | None = None

@@ -23,6 +23,7 @@ from specstream.generation.media_given import Asked, asked_for
 from specstream.generation.media_loading import MediaRun
 from specstream.generation.refinement import RefinementPipeline
 from specstream.generation.solvers import SolverPipeline
+from specstream.generation.step_caching import StepCachePipeline
 from specstream.media_processor import MediaProcessor
 from specstream.structures import Guarantee, Stats
 
@@ -147,7 +148,8 @@ def compare(pipeline: DenoisingSampler, asked: Asked, options: Options) -> list[
 
     sampled(pipeline)
     calls, steps = pipeline.stats.target_calls, media.num_steps
-    ours = "refined" if isinstance(pipeline, RefinementPipeline) else "drafted"
+    names = {RefinementPipeline: "refined", StepCachePipeline: "cached"}
+    ours = names.get(type(pipeline), "drafted")
     if isinstance(pipeline, ConsistencyPipeline):
         calls, steps, ours = pipeline.stats.draft_calls, pipeline.student.num_steps, "student"
     rounds = round(calls / max(1, -(-media.samples // pipeline.batch_size)))
