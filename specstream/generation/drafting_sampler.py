@@ -113,7 +113,8 @@ class DraftingSampler(DenoisingSampler, Generic[DraftT]):
         noise = Noise(0, self.target.device)
         context = self._start(range(num_rows), condition, noise)
         index = torch.arange(num_rows, device=context.steps.device)
-        self._round(context, index, [0] * num_rows, noise)  # drafters go on from the target's word
+        if self.lengths.choices:  # drafters go on from the target's word
+            self._round(context, index, [0] * num_rows, noise)
         part = context.rows(index)
         passes: list[Callable[[], object]] = []
         for k in (0, *self.lengths.choices):

@@ -1,12 +1,14 @@
 """Deterministic sampling with drafts that stand by their error: what it costs and what it gains."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from specstream.generation.accept_by_error import AcceptByErrorPipeline
 from specstream.generation.denoising import DenoisingPipeline
-from specstream.generation.lengths import FixedLength
+from specstream.generation.lengths import CostModelLength, FixedLength
 from specstream.generation.solvers import AdamsBashforth2, Euler, Solver, SolverPipeline
 from specstream.sampling import Noise
 from tests.denoising_toys import counts_of, gaussian_model, mixture_model
@@ -151,3 +153,13 @@ def test_a_velocity_that_never_changes_is_guessed_for_ever() -> None:
 def test_what_cannot_be_is_refused(tolerance: float, order: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sampler(tolerance, order)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_costs_are_measured_of_samples_that_hardly_have_steps(
+    steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pipeline = AcceptByErrorPipeline(mixture_model(), steps, lengths=CostModelLength(8))
+    right = SolverPipeline(mixture_model(), steps, AdamsBashforth2()).complete(3, seed=1)
+    assert torch.equal(pipeline.complete(3, seed=1), right)
