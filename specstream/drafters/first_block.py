@@ -33,6 +33,18 @@ class FirstBlockDenoiser(StateDrafter):
         self._evaluate = target.evaluate  # not a part of this module: its weights are not its own
         self.guidance = guidance
 
+    def check(self, target: Denoiser, guidance: float) -> None:
+        """Raise ValueError unless drafts are for `target`, guided so: its word is gone on from."""
+        if self._evaluate != target.evaluate:
+            raise ValueError(
+                "first-block: the drafter must be made of the target that it drafts for"
+            )
+        if self.guidance != guidance:
+            raise ValueError(
+                f"first-block: drafts of guidance {self.guidance:g} cannot go on from what a "
+                f"target says with guidance {guidance:g}"
+            )
+
     def estimate(
         self, states: Tensor, steps: Tensor, context: StateContext, grid: StepGrid
     ) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from specstream.drafters.denoising import StateDrafter
+from specstream.drafters.first_block import FirstBlockDenoiser
 from specstream.drafters.residual import check_features
 from specstream.generation.drafting_sampler import DraftingSampler
 from specstream.generation.lengths import DraftLength, FixedLength, StepCosts
@@ -74,6 +75,8 @@ class DenoisingPipeline(DraftingSampler[StateDraft]):
         self.reads = None if drafter is None else drafter.reads
         if drafter is not None:
             check_features(drafter, target)
+        if isinstance(drafter, FirstBlockDenoiser):
+            drafter.check(target, guidance)
         self.verifier = verifier
         lengths = lengths or FixedLength(0 if drafter is None else 8)
         super().__init__(target, num_steps, eta, guidance, lengths, batch_size, costs)

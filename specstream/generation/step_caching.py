@@ -11,6 +11,7 @@ Shapes: R rows, S the shape of a state, T places, D hidden, N steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -50,6 +51,8 @@ class StepCachePipeline(DenoisingSampler):
     ) -> None:
         if not 1 <= window <= MAX_DRAFT:
             raise ValueError(f"window must be in 1..{MAX_DRAFT}, got {window}")
+        if math.isnan(tolerance):
+            raise ValueError(f"tolerance must be a number, got {tolerance}")
         target.first_block  # noqa: B018 refused here rather than in the first round
         self.tolerance = tolerance
         super().__init__(target, num_steps, eta, guidance, FixedLength(window), batch_size)

@@ -137,3 +137,18 @@ def test_what_cannot_be_is_refused() -> None:
     for refused in (StepCachePipeline, FirstBlockDenoiser):
         with pytest.raises(ValueError, match="first-block: the network has one block"):
             refused(shallow)
+    with pytest.raises(ValueError, match="tolerance must be a number, got nan"):
+        cached(float("nan"))
+
+
+def test_drafts_of_another_target_or_guidance_are_refused() -> None:
+    target = model()
+    for drafter, message in (
+        (FirstBlockDenoiser(model()), "must be made of the target that it drafts for"),
+        (
+            FirstBlockDenoiser(target, 3.0),
+            "drafts of guidance 3 cannot go on from what a target says with",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DenoisingPipeline(target, STEPS, 1.0, 1.0, drafter)
