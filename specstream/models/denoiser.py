@@ -149,6 +149,7 @@ class Denoiser(nn.Module):
         rest: what was read so at other states; only the network's first block runs then, and this
         stands for what the others add.  ValueError for a network that has no first block.
         """
+        assert rest is None or reads is Reads.REST
         times = grid.times[steps].float()
         guided = guidance != 1 and bool(condition)
         if guided:

@@ -102,6 +102,7 @@ class DiffusersFirstBlock(FirstBlock):
         condition: Mapping[str, Tensor],
         rest: Tensor | None = None,
     ) -> BlockWord:
+        self.network.check(condition)
         firsts: list[Tensor] = []
         with self._hooked() as leader:
             state = leader.state_manager.get_state()

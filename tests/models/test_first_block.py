@@ -139,3 +139,15 @@ def test_a_target_spread_over_devices_is_not_cached() -> None:
     denoiser.spread([torch.device("cpu")] * 2)
     with pytest.raises(ValueError, match="first-block: a target that is cached is on one device"):
         denoiser.first_block  # noqa: B018
+
+
+def test_a_call_that_fails_leaves_the_network_what_it_was() -> None:
+    network, shape, told = networks()["Wan"]
+    states, times = torch.randn(ROWS, *shape), torch.full((ROWS, 1), 400.0)
+    plain, block = network(states, times, **told), first_block(network)
+    with pytest.raises(RuntimeError):
+        block(states[:, :2], times, told)
+    with pytest.raises(ValueError, match="needs prompt_embeds; prompt_embeds is missing"):
+        block(states, times, {})
+    assert torch.equal(network(states, times, **told), plain)
+    assert torch.equal(block(states, times, told).output, plain)
