@@ -120,7 +120,7 @@ def noise_since(states: Tensor, steps: Tensor, context: StateContext, grid: Step
 
     The part of a state's noise that the noise of the seen state does not explain, in standard
     deviations of it: of a trajectory of the ancestral sampler (eta 1) a unit normal, but for the
-    error of the estimate.
+    error of the estimate.  Given parts (`place_known`) draw all of theirs anew at every step.
     """
     seen = context.seen_steps.clamp(min=0)
     now, before = grid.alphas[steps], grid.alphas[seen]
@@ -132,8 +132,10 @@ def noise_since(states: Tensor, steps: Tensor, context: StateContext, grid: Step
         data = wide(grid.alphas[at], found) * context.estimates
         return (found - data) / wide(grid.sigmas[at].clamp(min=SMALLEST), found)
 
-    new = noise_in(states, steps) - wide(share, states) * noise_in(context.seen, seen)
-    return new / wide((1 - share.square()).clamp(min=1e-4).sqrt(), new)
+    held = noise_in(states, steps)
+    new = held - wide(share, states) * noise_in(context.seen, seen)
+    new = new / wide((1 - share.square()).clamp(min=1e-4).sqrt(), new)
+    return new if context.known is None else torch.where(context.known.given, held, new)
 
 
 def check_features(drafter: StateDrafter, target: Denoiser) -> None:

@@ -7,8 +7,8 @@ from specstream.drafters import FrozenEstimate, FrozenVelocity, ResidualDenoiser
 from specstream.drafters.residual import noise_since
 from specstream.models import Denoiser, DiscreteSchedule, FlowSchedule, PatchTransformer
 from specstream.sampling import Noise, Role
-from specstream.structures import StateContext
-from specstream.transitions import transition
+from specstream.structures import KnownParts, StateContext
+from specstream.transitions import noised, transition
 
 SHAPE = (1, 4, 4)
 GRID = FlowSchedule().grid(10)
@@ -59,6 +59,17 @@ def test_the_noise_drawn_since_the_estimate_is_a_unit_normal_of_the_ancestral_sa
             part = found[rows.seen_steps == seen]
             assert abs(part.mean()) < 0.05 and abs(part.std() - 1) < 0.03
             assert abs((part * rows.seen[rows.seen_steps == seen]).mean()) < 0.05  # new to it
+
+
+def test_given_parts_draw_all_their_noise_anew() -> None:
+    rows = context(2000)
+    rows.seen_steps = torch.full_like(rows.steps, 5)
+    data = torch.randn(2000, *SHAPE)
+    rows.known = KnownParts(data, torch.ones(2000, *SHAPE, dtype=torch.bool))
+    rows.estimates, rows.seen = data, noised(data, torch.randn_like(data), rows.seen_steps, GRID)
+    normals, steps = torch.randn_like(data), rows.seen_steps + 1
+    found = noise_since(noised(data, normals, steps, GRID), steps, rows, GRID)
+    assert torch.allclose(found, normals, atol=1e-4)
 
 
 def test_frozen_velocity_goes_on_straight_where_steps_have_no_noise() -> None:
