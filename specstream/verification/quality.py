@@ -42,7 +42,8 @@ class AdaptiveThreshold:
     def __call__(self, scores: Tensor, made: Tensor | None = None) -> Tensor:
         """Return the parts to refine, bool (B, *G), for scores (B, *G): higher is worse.
 
-        made bool (B, *G): the parts that are not given; only these count in mean and deviation.
+        made bool (B, *G): the parts that are not given; only these count in mean and deviation,
+        and only from these refinement spreads.
         """
         flat = scores.double().flatten(1)
         counted = torch.ones_like(flat) if made is None else made.flatten(1).to(flat)
@@ -51,6 +52,8 @@ class AdaptiveThreshold:
         squares = ((flat - means[:, None]).square() * counted).sum(1) / total
         limits = means + self.refinement_threshold * squares.sqrt()
         chosen = scores.double() > limits.view(-1, *[1] * (scores.dim() - 1))
+        if made is not None:
+            chosen &= made
         for axis in range(1, scores.dim()):
             chosen = widened(chosen, axis, self.neighbours)
         if self.always_ends and scores.dim() == 2:

@@ -49,4 +49,11 @@ def test_given_parts_do_not_count_in_mean_and_deviation() -> None:
     assert torch.equal(threshold(scores, made)[:, 4:], alone)
     assert torch.equal(threshold(scores, torch.ones_like(made)), threshold(scores))
     assert not torch.equal(threshold(scores)[:, 4:], threshold(scores, made)[:, 4:])
-    assert not threshold(scores, torch.zeros_like(made)).isnan().any()
+    assert not threshold(scores, torch.zeros_like(made)).any()
+
+
+def test_refinement_does_not_spread_from_given_parts() -> None:
+    threshold = AdaptiveThreshold(0.7, neighbours=1, always_ends=False)
+    scores = torch.tensor([[9.0, 9.0, 1.0, 1.0, 1.0, 3.0]])
+    made = torch.tensor([[False, False, True, True, True, True]])
+    assert threshold(scores, made).tolist() == [[False, False, False, False, True, True]]
