@@ -133,7 +133,7 @@ class StateContext:
     seen_steps: Tensor  # (B,) where it stood; -1: there is none yet
     estimates: Tensor  # (B, *S) the target's estimate of the data there
     known: KnownParts | None = None  # of the samples; None: all is to be made
-    features: Tensor | None = None  # (B, P, D) the target's hidden states there, if they are read
+    features: Tensor | None = None  # (B, T, D) what is read of the target's thoughts there
 
     def rows(self, chosen: Tensor) -> StateContext:
         """Return the rows of an index (R,), as a copy."""

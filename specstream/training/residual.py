@@ -62,7 +62,7 @@ class ResidualModule(SummedLossModule):
         step_loss: what is minimised.
         at_once: guess all steps of a window in one pass.
         keep_trajectories: draw the trajectory of each example in its first epoch only, and keep it
-            in the computer's memory: 2 N states each, and N times the features if they are read.
+            in the memory of its process: 2 N states each, and N times the features that are read.
         decoding: what validation samples; None: nothing.
     """
 
