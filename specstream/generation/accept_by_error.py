@@ -102,7 +102,7 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
 
     @property
     def law(self) -> str:
-        within = f"each velocity within a mean squared error of {self.tolerance:g}"
+        within = f"each guess of a velocity within a mean squared error of {self.tolerance:g}"
         return f"the target's as {type(self.solver).__name__} solves it, {within}"
 
     def _start(

@@ -142,12 +142,9 @@ class DiffusersFirstBlock(FirstBlock):
 
 def find_leader(model: nn.Module) -> Any:
     """Return the hook of the first block, by which `diffusers` decides."""
-    for part in model.modules():
-        hooks = getattr(part, "_diffusers_hook", None)
-        leader = None if hooks is None else hooks.get_hook(LEADER)
-        if leader is not None:
-            return leader
-    raise ValueError(f"{NAME}: diffusers has put no cache on a {type(model).__name__}")
+    hooks = [getattr(part, "_diffusers_hook", None) for part in model.modules()]
+    leaders = [found.get_hook(LEADER) for found in hooks if found is not None]
+    return next(leader for leader in leaders if leader is not None)
 
 
 def first_block(network: nn.Module) -> FirstBlock:

@@ -63,6 +63,7 @@ class ResidualModule(SummedLossModule):
         at_once: guess all steps of a window in one pass.
         keep_trajectories: draw the trajectory of each example in its first epoch only, and keep it
             in the memory of its process: 2 N states each, and N times the features that are read.
+            Of several processes each comes to hold what it was ever given, in the end nearly all.
         decoding: what validation samples; None: nothing.
     """
 
