@@ -98,7 +98,7 @@ class MediaDataModule(L.LightningDataModule):
         limit: int | None = None,
     ) -> None:
         super().__init__()
-        check_limit("data", limit)
+        check_limit("MediaDataModule", limit)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if not 0 <= validation_fraction < 1:

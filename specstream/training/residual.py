@@ -157,9 +157,16 @@ class ResidualModule(SummedLossModule):
             raise ValueError("guidance is the weight of a prompt, and this target takes none")
         colours, *grid = self.target.shape
         at_once = self.window if isinstance(self.drafter, WindowDenoiser) else 1
-        shown = (3 if self.drafter.told_noise else 2) * colours
+        network = self.drafter.network
+        assert isinstance(network, PatchTransformer)
+        shown, known = network.options["in_channels"], (2 * colours, 3 * colours)
+        if shown not in known:
+            raise ValueError(
+                f"model.network: in_channels is {shown}, but here it must be {known[0]}, for a "
+                f"state and an estimate, or {known[1]}, for the noise that was drawn since as well"
+            )
         channels = {"in_channels": shown, "out_channels": at_once * colours, "num_times": 2}
-        check_sizes(self.drafter.network, channels, grid, num_classes, text_size)
+        check_sizes(network, channels, grid, num_classes, text_size)
 
     def _condition(self, batch: Batch) -> dict[str, Tensor]:
         return condition_of(batch) if self.captions is None else self.captions.of(batch["prompts"])

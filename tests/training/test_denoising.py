@@ -330,3 +330,11 @@ def test_prediction_of_noise_and_of_flow_learn_the_same_thing() -> None:
 def test_more_windows_of_a_trajectory_than_it_has_are_refused(target: str) -> None:
     with pytest.raises(ValueError, match=r"windows_per_row must be in 1\.\.48, got 49"):
         ResidualModule(network(2, 2), target, num_steps=12, window=4, windows_per_row=49)
+
+
+def test_a_drafter_is_shown_two_states_or_three(target: str, tmp_path: Path, capsys) -> None:
+    config = arguments(tmp_path / "run", "digits-residual", "--model.init_args.target", target)
+    config += ["--model.init_args.network.init_args.in_channels", "4"]
+    assert train(config) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "in_channels is 4, but here it must be 2, for a state and an estimate, or 3" in lines[-1]
