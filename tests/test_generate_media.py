@@ -142,7 +142,7 @@ def test_videos_and_sounds_are_written_as_files_that_open(
         (["--prompt", "a", "--media.window", "auto"], "nothing drafts here: give a free_draft"),
         (
             ["--prompt", "a", "--media.sampler", "picard", "--media.window", "auto"],
-            "window auto is for drafted steps; picard's window is a number",
+            "window auto is for drafted steps; that of picard is a number",
         ),
         (["--prompt", "a", "--compare", "true"], "this is the plain target already"),
         (["--prompt", "a", "--quantize", "drafter"], "no drafter with weights of its own"),
