@@ -227,7 +227,7 @@ class DenoisingSampler(ABC):
     ) -> Evaluation:
         """Do what `_evaluate` does, and return what is read of the target's thoughts.
 
-        All of them with axes (B, K+1) before their own.
+        With axes (B, K+1) before their own; but `first` of the states shown alone, one for each.
         """
         shown = lengths + 1
         rows = torch.arange(len(shown), device=shown.device)
@@ -241,17 +241,13 @@ class DenoisingSampler(ABC):
         self.stats.target_rows += len(row) * (2 if self.guidance != 1 and condition else 1)
         said = self.target.evaluate(*given, reads=reads)
         held = said.estimates if part.known is None else part.known.rows(row).hold(said.estimates)
-
-        def placed(found: Tensor | None) -> Tensor | None:
-            if found is None:
-                return None
-            whole = found.new_zeros(*states.shape[:2], *found.shape[1:])
-            whole[row, place] = found
-            return whole
-
         estimates = torch.zeros_like(states)
         estimates[row, place] = held
-        return Evaluation(estimates, placed(said.features), placed(said.first))
+        features = None
+        if said.features is not None:
+            features = said.features.new_zeros(*states.shape[:2], *said.features.shape[1:])
+            features[row, place] = said.features
+        return Evaluation(estimates, features, said.first)
 
     def _commit(
         self,

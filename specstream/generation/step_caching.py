@@ -117,8 +117,8 @@ class StepCachePipeline(DenoisingSampler):
         said = self._ask(part, states[:, None], nothing, 0, Reads.REST)
         assert said.first is not None
         if not len(self._first):
-            self._first = said.first.new_zeros(len(context.steps), *said.first.shape[2:])
-        self._first[index] = said.first[:, 0]
+            self._first = said.first.new_zeros(len(context.steps), *said.first.shape[1:])
+        self._first[index] = said.first
         following = self._step(part, said.estimates[:, 0], states, part.steps, noise)
         context.steps[index] = part.steps
         seen = (states[:, None], said.estimates)
