@@ -46,6 +46,9 @@ class StateDrafter(nn.Module, ABC):
     trained_guidance: float | None = None
     reads: Reads | None = None
 
+    def check(self, target: Denoiser, guidance: float) -> None:
+        """Raise ValueError for a target that it cannot draft for, or not with this guidance."""
+
     @abstractmethod
     def estimate(
         self, states: Tensor, steps: Tensor, context: StateContext, grid: StepGrid
@@ -132,6 +135,13 @@ class IndependentDenoiser(StateDrafter):
         self.guidance = guidance
         if isinstance(denoiser, ConsistencyModel):
             self.trained_guidance = denoiser.guidance
+
+    def check(self, target: Denoiser, guidance: float) -> None:
+        if self.denoiser.shape != target.shape:
+            raise ValueError(
+                f"the drafter's states are {list(self.denoiser.shape)}, the target's "
+                f"{list(target.shape)}"
+            )
 
     def estimate(
         self, states: Tensor, steps: Tensor, context: StateContext, grid: StepGrid

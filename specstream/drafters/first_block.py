@@ -34,7 +34,6 @@ class FirstBlockDenoiser(StateDrafter):
         self.guidance = guidance
 
     def check(self, target: Denoiser, guidance: float) -> None:
-        """Raise ValueError unless drafts are for `target`, guided so: its word is gone on from."""
         if self._evaluate != target.evaluate:
             raise ValueError(
                 "first-block: the drafter must be made of the target that it drafts for"

@@ -48,6 +48,29 @@ class CorrectingDrafter(StateDrafter):
             sizes = network.options
             self.told_noise = sizes["in_channels"] * num_steps == 3 * sizes["out_channels"]
 
+    def check(self, target: Denoiser, guidance: float) -> None:
+        if not self.reads:
+            return
+        own, network = self.network, target.network
+        assert isinstance(own, PatchTransformer)
+        if not isinstance(network, PatchTransformer):
+            raise ValueError(
+                "feature_size must be 0: the hidden states of a "
+                f"{type(network).__name__} cannot be read, only those of a PatchTransformer"
+            )
+        if len(target.devices) > 1:
+            raise ValueError("a drafter that reads hidden states has its target on one device")
+        if own.feature_size != network.hidden_size:
+            raise ValueError(
+                f"feature_size is {own.feature_size}, but the target's hidden states are "
+                f"{network.hidden_size} wide"
+            )
+        if own.patch != network.patch:
+            raise ValueError(
+                f"patch is {list(own.patch)}, but a drafter that reads its target's hidden states "
+                f"has the target's, {list(network.patch)}"
+            )
+
     def said(self, states: Tensor, steps: Tensor, context: StateContext, grid: StepGrid) -> Tensor:
         """Return what the network says, float32 (R, ...), of states (R, *S) at `steps` (R,)."""
         seen = context.seen_steps.clamp(min=0)
@@ -136,28 +159,3 @@ def noise_since(states: Tensor, steps: Tensor, context: StateContext, grid: Step
     new = held - wide(share, states) * noise_in(context.seen, seen)
     new = new / wide((1 - share.square()).clamp(min=1e-4).sqrt(), new)
     return new if context.known is None else torch.where(context.known.given, held, new)
-
-
-def check_features(drafter: StateDrafter, target: Denoiser) -> None:
-    """Raise ValueError where a drafter reads hidden states that its target does not have."""
-    if not isinstance(drafter, CorrectingDrafter) or not drafter.reads:
-        return
-    own, network = drafter.network, target.network
-    assert isinstance(own, PatchTransformer)
-    if not isinstance(network, PatchTransformer):
-        raise ValueError(
-            f"feature_size must be 0: the hidden states of a {type(network).__name__} cannot be "
-            "read, only those of a PatchTransformer"
-        )
-    if len(target.devices) > 1:
-        raise ValueError("a drafter that reads hidden states has its target on one device")
-    if own.feature_size != network.hidden_size:
-        raise ValueError(
-            f"feature_size is {own.feature_size}, but the target's hidden states are "
-            f"{network.hidden_size} wide"
-        )
-    if own.patch != network.patch:
-        raise ValueError(
-            f"patch is {list(own.patch)}, but a drafter that reads its target's hidden states has "
-            f"the target's, {list(network.patch)}"
-        )

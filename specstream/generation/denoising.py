@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from specstream.drafters.denoising import StateDrafter
-from specstream.drafters.first_block import FirstBlockDenoiser
-from specstream.drafters.residual import check_features
 from specstream.generation.drafting_sampler import DraftingSampler
 from specstream.generation.lengths import DraftLength, FixedLength, StepCosts
 from specstream.models.denoiser import Denoiser
@@ -74,8 +72,6 @@ class DenoisingPipeline(DraftingSampler[StateDraft]):
         self.drafter = drafter
         self.reads = None if drafter is None else drafter.reads
         if drafter is not None:
-            check_features(drafter, target)
-        if isinstance(drafter, FirstBlockDenoiser):
             drafter.check(target, guidance)
         self.verifier = verifier
         lengths = lengths or FixedLength(0 if drafter is None else 8)

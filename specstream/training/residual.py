@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from specstream.data.captions import CaptionDataModule
-from specstream.drafters.residual import ResidualDenoiser, WindowDenoiser, check_features
+from specstream.drafters.residual import ResidualDenoiser, WindowDenoiser
 from specstream.drafters.state_loading import save_state_drafter
 from specstream.generation.media_loading import target_processor
 from specstream.media_processor import MediaProcessor
@@ -121,7 +121,7 @@ class ResidualModule(SummedLossModule):
             self.drafter = WindowDenoiser(network, window, guidance)
         else:
             self.drafter = ResidualDenoiser(network, guidance)
-        check_features(self.drafter, self.target)
+        self.drafter.check(self.target, guidance)
 
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
