@@ -19,10 +19,10 @@ from specstream.benchmark.media_methods import (
 )
 from specstream.drafters import IndependentDenoiser
 from specstream.generation.consistency import ConsistencyPipeline
+from specstream.generation.decoded_score import quality_score
 from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.media_loading import refined_parts, rough_model
 from specstream.generation.refinement import RefinementPipeline
-from specstream.generation.refinement_scores import Appearance, TargetDisagreement
 from specstream.models.consistency import ConsistencyModel
 from specstream.verification.quality import AdaptiveThreshold
 
@@ -76,7 +76,7 @@ class Refined(UnverifiedSteps):
             rough_model(drafter),
             self.draft_steps,
             self.main_steps,
-            Appearance() if self.score == "appearance" else TargetDisagreement(),
+            quality_score(self.score, models.target),
             AdaptiveThreshold(self.threshold),
             self.strength,
             setting.guidance,

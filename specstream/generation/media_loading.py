@@ -23,6 +23,7 @@ from specstream.drafters.residual import WindowDenoiser
 from specstream.drafters.state_loading import load_small, load_state_drafter, load_state_target
 from specstream.generation.accept_by_error import AcceptByErrorPipeline
 from specstream.generation.consistency import ConsistencyPipeline
+from specstream.generation.decoded_score import quality_score
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.lengths import CostModelLength, DraftLength, FixedLength
@@ -30,12 +31,7 @@ from specstream.generation.loading import Quantized, find_device, spread_devices
 from specstream.generation.media_quantization import quantize_denoisers
 from specstream.generation.picard import PicardPipeline
 from specstream.generation.refinement import RefinementPipeline
-from specstream.generation.refinement_scores import (
-    Appearance,
-    Parts,
-    TargetDisagreement,
-    usual_parts,
-)
+from specstream.generation.refinement_scores import Parts, usual_parts
 from specstream.generation.solvers import (
     AdamsBashforth2,
     DPMSolver2M,
@@ -44,7 +40,7 @@ from specstream.generation.solvers import (
 )
 from specstream.generation.step_caching import StepCachePipeline
 from specstream.media_processor import MediaProcessor, load_media_processor
-from specstream.models.codec import Compression, PixelCodec
+from specstream.models.codec import Compression
 from specstream.models.consistency import ConsistencyModel
 from specstream.models.denoiser import FORM, Denoiser
 from specstream.models.diffusers_network import SHOWN
@@ -197,10 +193,6 @@ def media_of_target(
     target: PretrainedDenoiser, options: SamplerOptions, drafter: StateDrafter | None = None
 ) -> MediaRun:
     """Put a target of `diffusers` into a pipeline; ValueError for options without effect."""
-    refinement = options.refinement
-    pixels = isinstance(target.codec, PixelCodec)
-    if refinement is not None and refinement.score == "appearance" and not pixels:
-        raise ValueError("refinement_score appearance looks at pixels; this target makes latents")
     if options.guidance != 1 and all(name in SHOWN for name in target.network.needs):
         raise ValueError("guidance is the weight of a prompt, and this target takes none")
     processor = played(target_processor(target), options.frame_rate)
@@ -264,7 +256,7 @@ def media_sampler(
             rough_model(drafter),
             refinement.draft_steps,
             options.num_steps,
-            Appearance() if refinement.score == "appearance" else TargetDisagreement(),
+            quality_score(refinement.score, target),
             AdaptiveThreshold(refinement.threshold),
             refinement.strength,
             options.guidance,
