@@ -30,7 +30,7 @@ class Guarantee(Enum):
     EXACT_LAW = "exact law"  # the output's law is the target's
     EXACT_GREEDY = "exact greedy"  # the output is the target's own greedy trajectory
     GROUP_EXACT = "group exact"  # the law of groups of tokens is the target's, not of their members
-    BOUNDED_ERROR = "bounded error"  # each committed step deviates by less than a printed tolerance
+    BOUNDED_ERROR = "bounded error"  # each step is the target's, of what is within a tolerance
     HEURISTIC = "heuristic"  # no promise: judged by quality metrics only
 
     @staticmethod

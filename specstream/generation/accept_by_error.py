@@ -6,7 +6,8 @@ target's velocities by no more than a tolerance.  From the state after that pref
 velocity goes on, so that every round makes at least one true step and a row whose guess falls has
 lost nothing but rows of a call.  The prefix that stands is taken again by the velocities that the
 target gave at the drafted states: a sweep of Picard's iteration that costs no call and leaves a
-fraction of the error; published is to keep the drafted states.
+fraction of the error; published is to keep the drafted states.  Its step is then the target's word
+of a state that is not quite the one it starts from, so the distance of the two is bounded as well.
 
 There is no law that this keeps: it is a step size chosen by the error, to be judged against a
 better solver with as many calls (`generation.solvers`).  As the target's velocities are known at
@@ -58,8 +59,8 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
     Args:
         target: the diffusion model.
         num_steps: denoising steps of a sample, N.
-        tolerance: the largest mean squared difference of a guessed velocity from the target's;
-            0 is the solver with one call a step.
+        tolerance: the largest mean squared difference of a guessed velocity from the target's,
+            and of a drafted state from the one that is taken; 0 is the solver with one call a step.
         order: 0 guesses the last velocity, 1 follows the line through the last two.
         retake: take the steps that stand again by the target's velocities; False: as published.
         guidance: weight of the condition (Ho and Salimans 2022); 1 is none.
@@ -102,7 +103,8 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
 
     @property
     def law(self) -> str:
-        within = f"each guess of a velocity within a mean squared error of {self.tolerance:g}"
+        guesses = "state and guess of a velocity" if self.retake else "guess of a velocity"
+        within = f"each {guesses} within a mean squared error of {self.tolerance:g}"
         return f"the target's as {type(self.solver).__name__} solves it, {within}"
 
     def _start(
@@ -135,10 +137,15 @@ class AcceptByErrorPipeline(DraftingSampler[VelocityDraft]):
         velocities = self._velocity(*flat).view_as(estimates)
         errors = mean_square(draft.velocities - velocities[:, :-1], part.known)
         real = torch.arange(errors.shape[1], device=steps.device) < draft.lengths[:, None]
-        counts = ((errors <= self.tolerance) & real).long().cumprod(1).sum(1)
+        stands = (errors <= self.tolerance) & real
+        if self.retake:
+            taken = self._retake(part, velocities, estimates[:, 0])
+            moved = mean_square(taken[:, :-1] - draft.states[:, 1:], part.known)
+            stands &= moved <= self.tolerance
+        counts = stands.long().cumprod(1).sum(1)
         rows = torch.arange(len(index), device=index.device)
         if self.retake:
-            following = self._retake(part, velocities, estimates[:, 0])[rows, counts]
+            following = taken[rows, counts]
         else:
             following = self._go_on(part, draft.states, estimates, counts)
         if self.order:

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specstream.generation.accept_by_error import AcceptByErrorPipeline
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import CostModelLength, FixedLength
 from specstream.generation.solvers import AdamsBashforth2, Euler, Solver, SolverPipeline
+from specstream.models import Denoiser, FlowSchedule
 from specstream.sampling import Noise
+from specstream.structures import StateContext
+from specstream.transitions import Prediction
 from tests.denoising_toys import counts_of, gaussian_model, mixture_model
 
 STEPS = 30
@@ -163,3 +166,43 @@ def test_costs_are_measured_of_samples_that_hardly_have_steps(
     pipeline = AcceptByErrorPipeline(mixture_model(), steps, lengths=CostModelLength(8))
     right = SolverPipeline(mixture_model(), steps, AdamsBashforth2()).complete(3, seed=1)
     assert torch.equal(pipeline.complete(3, seed=1), right)
+
+
+class Steep(nn.Module):
+    """The exact word on data of -1 and 1: near them a small move of the state turns it over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, states: Tensor, times: Tensor) -> Tensor:
+        sigmas = (times[:, 0] / 1000).view(-1, 1, 1).clamp(min=1e-9)
+        return torch.tanh((1 - sigmas) * states / sigmas**2)
+
+
+class Watched(AcceptByErrorPipeline):
+    """Notes how far each state that a step is taken from lies from the one that the target saw."""
+
+    moved: list[float]
+
+    def _retake(self, part: StateContext, velocities: Tensor, estimates: Tensor) -> Tensor:
+        self.taken = super()._retake(part, velocities, estimates)
+        return self.taken
+
+    def _commit(self, context, index, counts, states, *rest) -> None:  # type: ignore[no-untyped-def]
+        apart = (self.taken[:, :-1] - states[:, 1:]).square().flatten(2).mean(2)
+        for row, count in enumerate(counts.tolist()):
+            self.moved += apart[row, :count].tolist()
+        super()._commit(context, index, counts, states, *rest)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_steps_that_are_taken_again_start_within_the_tolerance_of_what_the_target_saw(
+    order: int,
+) -> None:
+    target = Denoiser(Steep(), FlowSchedule(), (1, 16), Prediction.DATA)
+    pipeline = Watched(target, STEPS, 1e-3, order)
+    pipeline.moved = []
+    pipeline.complete(16, seed=0)
+    assert pipeline.moved and max(pipeline.moved) <= 1e-3 + 1e-9
+    assert "each state and guess of a velocity within" in pipeline.law
