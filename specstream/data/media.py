@@ -24,7 +24,8 @@ class Bucket:
     """Media of one shape, from one or several sources."""
 
     samples: Samples
-    keys: np.ndarray  # (n,) int64, the number of each sample among those of all buckets
+    keys: np.ndarray  # (n,) int64, the number of each sample among those of all sources
+    places: np.ndarray  # (n,) int64, its number in its own source: of one item in several sizes one
 
 
 class SampleDataset(BatchRows):
@@ -145,7 +146,7 @@ class MediaDataModule(L.LightningDataModule):
 
     def numbers(self, held_out: bool, bucket: int = 0) -> np.ndarray:
         """Return where the samples of a bucket lie that are held out, or are trained on."""
-        shares = np.array([held_out_place(int(key)) for key in self.buckets[bucket].keys])
+        shares = np.array([held_out_place(int(place)) for place in self.buckets[bucket].places])
         found = np.flatnonzero((shares < self.validation_fraction) == held_out)
         if held_out or self.limit is None:
             return found
@@ -176,10 +177,14 @@ def in_buckets(parts: Sequence[Samples]) -> list[Bucket]:
     shapes: dict[tuple[int, ...], list[int]] = {}
     for number, samples in enumerate(parts):
         shapes.setdefault(tuple(samples.states.shape[1:]), []).append(number)
-    ends = np.cumsum([len(samples.states) for samples in parts])
-    keys = [np.arange(end - len(s.states), end) for end, s in zip(ends, parts, strict=True)]
+    places = [np.arange(len(samples.states)) for samples in parts]
+    starts = np.cumsum([0, *map(len, places)])
     return [
-        Bucket(joined([parts[n] for n in numbers]), np.concatenate([keys[n] for n in numbers]))
+        Bucket(
+            joined([parts[n] for n in numbers]),
+            np.concatenate([starts[n] + places[n] for n in numbers]),
+            np.concatenate([places[n] for n in numbers]),
+        )
         for numbers in shapes.values()
     ]
 

@@ -98,6 +98,14 @@ def test_a_module_of_one_source_keeps_its_numbers_and_held_out_samples() -> None
     assert sum(int(batch["real"].sum()) for batch in module.val_dataloader()) == len(held_out)
 
 
+def test_what_is_held_out_in_one_size_is_held_out_in_all() -> None:
+    same = (Numbered(200, SMALL), Numbered(200, LARGE))
+    module = MediaDataModule(sources=same, batch_size=2, validation_fraction=0.3)
+    assert np.array_equal(module.numbers(True, 0), module.numbers(True, 1))
+    keys = np.concatenate([bucket.keys for bucket in module.buckets])
+    assert len(np.unique(keys)) == 400  # noise is keyed by them, and each sample has its own
+
+
 def test_a_limit_leaves_out_samples_of_training_only() -> None:
     whole = MediaDataModule(Digits(), validation_fraction=0.2)
     some = MediaDataModule(Digits(), validation_fraction=0.2, limit=100)
