@@ -30,13 +30,14 @@ class WeightAveraging(L.Callback):
         self.average: dict[str, Tensor] = {}
         self.last_step = 0
         self.swapped = False
+        self.weights: dict[str, Tensor] = {}  # those the optimizer moves, while swapped
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trained = _trained(pl_module)
         if is_sharded(pl_module):
             raise ValueError("WeightAveraging does not work on sharded models; use strategy ddp")
         if not self.average:
-            self.average = {name: p.detach().clone() for name, p in trained.items()}
+            self.average = {name: kept(p) for name, p in trained.items()}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.last_step = trainer.global_step  # restored only now where a run is resumed
@@ -58,7 +59,7 @@ class WeightAveraging(L.Callback):
         with torch.no_grad():
             torch._foreach_lerp_(
                 [self.average[name] for name in trained],
-                [p.detach() for p in trained.values()],
+                [p.detach().to(self.average[name]) for name, p in trained.items()],
                 1 - decay,
             )
 
@@ -86,29 +87,33 @@ class WeightAveraging(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         present = {name: p.detach() for name, p in _trained(pl_module).items()}
-        average, weights = (self.average, present)
-        if self.swapped:
-            average, weights = weights, average
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], **average}
-        checkpoint[OPTIMIZED] = weights
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **self.average}
+        checkpoint[OPTIMIZED] = self.weights if self.swapped else present
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         trained = _trained(pl_module)
-        self.average = {name: checkpoint["state_dict"][name].to(p) for name, p in trained.items()}
+        saved = checkpoint["state_dict"]
+        self.average = {name: kept(saved[name].to(p.device)) for name, p in trained.items()}
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(checkpoint[OPTIMIZED][name])
 
     def swap(self, pl_module: L.LightningModule) -> None:
-        """Exchange the module's trained weights and the average."""
-        self.swapped = not self.swapped
+        """Put the average into the module, or what the optimizer moves back."""
+        trained = _trained(pl_module)
+        shown = self.weights if self.swapped else self.average
+        kept_aside = {} if self.swapped else {n: p.detach().clone() for n, p in trained.items()}
         with torch.no_grad():
-            for name, parameter in _trained(pl_module).items():
-                weights = parameter.detach().clone()
-                parameter.copy_(self.average[name])
-                self.average[name].copy_(weights)
+            for name, parameter in trained.items():
+                parameter.copy_(shown[name])
+        self.weights, self.swapped = kept_aside, not self.swapped
+
+
+def kept(weights: Tensor) -> Tensor:
+    """Return a copy in float32, or wider: in fewer digits a small step towards weights is none."""
+    return weights.detach().to(torch.promote_types(weights.dtype, torch.float32), copy=True)
 
 
 def _trained(module: L.LightningModule) -> dict[str, torch.nn.Parameter]:

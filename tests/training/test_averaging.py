@@ -63,6 +63,26 @@ def test_what_is_exported_is_the_average_also_where_no_step_was_left(steps_left:
     assert float(module.weight.detach()) == 2.0
 
 
+def test_weights_of_few_digits_are_averaged_in_float32() -> None:
+    module, averaging = Scalar(), WeightAveraging(decay=0.999)
+    module.bfloat16()
+    module.weight.data.fill_(1.0)
+    trainer = SimpleNamespace(global_step=0, sanity_checking=False, state=SimpleNamespace(fn="fit"))
+    stage = cast("tuple[L.Trainer, L.LightningModule]", (trainer, module))
+    averaging.on_fit_start(*stage)
+    module.weight.data.fill_(1.125)
+    average = 1.0
+    for step in range(9000, 13000):
+        average += (1 - 0.999) * (1.125 - average)
+        trainer.global_step = step
+        averaging.on_train_batch_end(*stage, None, None, 0)
+        if step % 1000 == 0:
+            averaging.on_validation_start(*stage)
+            averaging.on_validation_end(*stage)
+    assert float(averaging.average["weight"]) == pytest.approx(average, abs=1e-4)
+    assert module.weight.dtype is torch.bfloat16 and float(module.weight.detach()) == 1.125
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
     with pytest.raises(ValueError, match="decay must be in"):
