@@ -75,15 +75,15 @@ def schedule_of(
     if name == FLOW:
         return flow_of(name, config, num_tokens), Prediction.FLOW
     named = str(config["prediction_type"])
+    known = {kind.value: kind for kind in Prediction if kind is not Prediction.FLOW}
+    if named not in (*known, "flow_prediction"):
+        raise ValueError(f"prediction_type '{named}' is none of {', '.join(known)}")
     if config.get("use_flow_sigmas") or named == "flow_prediction":
         if not (config.get("use_flow_sigmas") and named == "flow_prediction"):
             raise ValueError(
                 f"{name}: prediction_type 'flow_prediction' and use_flow_sigmas go together only"
             )
         return flow_of(name, config, num_tokens), Prediction.FLOW
-    known = {kind.value: kind for kind in Prediction if kind is not Prediction.FLOW}
-    if named not in known:
-        raise ValueError(f"prediction_type '{named}' is none of {', '.join(known)}")
     if name == SIGMA:
         return sigma_schedule_of(config), known[named]
     return discrete_of(name, config, known[named]), known[named]

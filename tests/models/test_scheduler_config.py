@@ -128,6 +128,7 @@ def test_a_schedule_of_ratios_survives_its_record_and_refuses_nonsense() -> None
         (WAN | {"use_karras_sigmas": True}, "use_karras_sigmas is not supported; set it false"),
         (WAN | {"use_flow_sigmas": False}, "go together only"),
         (WAN | {"final_sigmas_type": "sigma_min"}, "does not end at data"),
+        (WAN | {"prediction_type": "score"}, "prediction_type 'score' is none of epsilon, "),
         (COGVIDEOX | {"prediction_type": "score"}, "prediction_type 'score' is none of epsilon, "),
         (COGVIDEOX | {"prediction_type": "epsilon"}, "a first level without data"),
         (COGVIDEOX | {"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' is none of linear"),
