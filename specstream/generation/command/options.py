@@ -26,6 +26,15 @@ from specstream.sampling import Sampling
 from specstream.verification import CanvasVerifier, TokenVerifier
 
 SHARED = ("output", "batch_size")  # for files of prompts, and for media
+WITHOUT_SECTION = (  # of media, by the names that they are known by elsewhere
+    "height",
+    "width",
+    "num_frames",
+    "draft_steps",
+    "main_steps",
+    "guidance",
+    "refinement_threshold",
+)
 DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -71,7 +80,8 @@ class Options:
         quantize: int8 weights for one of the models or both.
         quantize_method: int8_weight_only, or int8_dynamic, which rounds what comes in as well.
         show_drafts: colour tokens by where they came from.
-        compare: also decode with the plain target, three times each, and report the speedup.
+        compare: also decode with the plain target, three times each, and report the speedup; of
+            small models of media, samples without a law are held beside it unless false.
         canvas: options of masked diffusion models, `--canvas.steps 16`.
         media: options of diffusion models of media, `--media.steps 50`.
         stats: write the statistics as one JSON object to this file.
@@ -109,7 +119,7 @@ class Options:
     quantize: Quantized = "none"
     quantize_method: Method = USUAL
     show_drafts: bool = False
-    compare: bool = False
+    compare: bool | None = None
     stats: str | None = None
     canvas: CanvasOptions = field(default_factory=CanvasOptions)
     media: MediaOptions = field(default_factory=MediaOptions)
@@ -162,7 +172,7 @@ def make_parser() -> OneLineErrors:
 def parse_options(arguments: list[str]) -> Options:
     """Read the options and refuse what contradicts itself; no model is touched yet."""
     parser = make_parser()
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args([spelled_out(argument) for argument in arguments])
     for key in ("dtype", "attn_implementation"):
         if parsed[key] is not None:
             set_in_models([parsed["target"], parsed["drafter"]], key, parsed[key])
@@ -181,6 +191,14 @@ def parse_options(arguments: list[str]) -> Options:
     options = Options(**vars(values))
     check_options(options)
     return options
+
+
+def spelled_out(argument: str) -> str:
+    """Return an argument with the section of options that go without: --height is --media.height."""
+    name, equals, value = argument.partition("=")
+    if not name.startswith("--") or name[2:] not in WITHOUT_SECTION:
+        return argument
+    return f"--media.{name[2:]}{equals}{value}"
 
 
 def set_in_models(node: Any, key: str, value: str) -> None:
