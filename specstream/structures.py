@@ -153,13 +153,17 @@ class StateContext:
 
 @dataclass(frozen=True, slots=True)
 class StateStep:
-    """What one round did to one sample: so many steps drafted, kept and done in all."""
+    """What one round did to one sample: so many steps drafted, kept and done in all.
+
+    `estimate` is a view of what the sampler goes on writing: who keeps it sees what was said last.
+    """
 
     sample: int
     drafted: int
     accepted: int
     done: int
     finished: bool
+    estimate: Tensor = field(compare=False, repr=False)  # (*S) of the data, as last said
 
 
 @dataclass(frozen=True, slots=True)

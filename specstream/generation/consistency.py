@@ -65,5 +65,6 @@ class ConsistencyPipeline(DenoisingSampler):
         normals = noise.normal(part.samples, part.steps, said.shape[1:], Role.DRAFT).to(said)
         alphas, sigmas = grid.alphas[part.steps + 1], grid.sigmas[part.steps + 1]
         context.states[index] = wide(alphas, said) * said + wide(sigmas, said) * normals
+        context.estimates[index] = said
         context.steps[index] += 1
         return torch.zeros_like(part.steps)

@@ -187,6 +187,7 @@ class DenoisingSampler(ABC):
         numbers = context.samples.tolist()
         rows = [self._row_length() for _ in numbers]
         steps = [0] * len(rows)
+        said = context.estimates.unbind()
         while any(step < total for step in steps):
             active = [row for row, step in enumerate(steps) if step < total]
             wanted = [self._wanted(steps[row], rows[row]) for row in active]
@@ -199,7 +200,7 @@ class DenoisingSampler(ABC):
                 steps[row] += count + 1
             self._count(wanted, counts)
             yield [
-                StateStep(numbers[row], length, count, steps[row], steps[row] == total)
+                StateStep(numbers[row], length, count, steps[row], steps[row] == total, said[row])
                 for row, length, count in zip(active, wanted, counts, strict=True)
             ]
 

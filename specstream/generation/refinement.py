@@ -102,13 +102,14 @@ class RefinementPipeline(DenoisingSampler):
             len(numbers), context.condition, seed=noise.seed, indices=numbers, known=context.known
         ):
             self.stats.elements += 1
-            yield [StateStep(step.sample, 0, 0, step.done, False)]
+            yield [StateStep(step.sample, 0, 0, step.done, False, step.estimate)]
         self._count_draft()
         drafts = self.rough.samples.to(context.states)
         refined = self._select(context, drafts, noise)
+        said = context.estimates.unbind()
         yield [
-            StateStep(number, rest - 1, rest - 1, self.total_steps, True)
-            for number, is_refined in zip(numbers, refined, strict=True)
+            StateStep(numbers[row], rest - 1, rest - 1, self.total_steps, True, said[row])
+            for row, is_refined in enumerate(refined)
             if not is_refined
         ]
         active = [row for row, is_refined in enumerate(refined) if is_refined]
@@ -117,7 +118,10 @@ class RefinementPipeline(DenoisingSampler):
         for done in range(1, rest + 1 if active else 1):
             self._round(context, index, [0] * len(active), noise)
             self.stats.elements += len(active)
-            yield [StateStep(numbers[row], 0, 0, drafted + done, done == rest) for row in active]
+            yield [
+                StateStep(numbers[row], 0, 0, drafted + done, done == rest, said[row])
+                for row in active
+            ]
 
     def _round(
         self, context: StateContext, index: Tensor, wanted: Sequence[int], noise: Noise
@@ -160,6 +164,7 @@ class RefinementPipeline(DenoisingSampler):
         context.known = KnownParts(drafts, ~masks)
         held = place_known(begun, context, context.steps, self.grid, self.eta, noise)
         context.states.copy_(drafts)
+        context.estimates.copy_(drafts)
         context.states[refined] = held[refined]
         return refined.tolist()
 
