@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FORM = "media.json"
 SUFFIXES = {"image": ".png", "video": ".mp4", "audio": ".wav"}
+STILLS = 4  # frames that stand for a video in one picture
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class MediaProcessor:
     @property
     def suffix(self) -> str:
         return SUFFIXES[self.kind]
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether samples are pictures, or have some: a waveform has none."""
+        return self.kind != "audio" or self.spectrogram is not None
 
     def written_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width in which one sample is written."""
@@ -102,14 +108,24 @@ class MediaProcessor:
                 states = self.spectrogram.sound(states, self.sample_rate)
             self._write_sound(torch.cat([*states], -1), path)
             return
-        frames = tile(self.pictures(states))
         if self.kind == "video":
-            self._write_video(frames, path)
+            self._write_video(tile(self.pictures(states)), path)
             return
-        from PIL import Image
+        write_sheet(self.pictures(states), path)
 
-        with whole_file(path) as new:
-            Image.fromarray(frames[..., 0] if frames.shape[-1] == 1 else frames).save(new)
+    def stills(self, states: Tensor) -> NDArray[np.uint8]:
+        """Return one picture (B, H, W, C) of each state: of a video a few frames side by side.
+
+        A spectrogram's low pitches are at the bottom; `is_seen` says whether there are pictures.
+        """
+        assert self.is_seen
+        if self.kind == "audio":
+            states = states.flip(-2)
+        if self.kind == "video":
+            number = states.shape[2]
+            shown = torch.linspace(0, number - 1, min(number, STILLS)).round().long()
+            states = torch.cat(states[:, :, shown].unbind(2), -1)
+        return self.pictures(states)
 
     def _write_video(self, frames: NDArray[np.uint8], path: Path) -> None:
         ffmpeg = video_package()
@@ -174,6 +190,15 @@ def tile(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
         top, left = index // columns * between[0], index % columns * between[1]
         sheet[..., top : top + height, left : left + width, :] = picture
     return sheet
+
+
+def write_sheet(pictures: NDArray[np.uint8], path: Path) -> None:
+    """Write pictures (B, H, W, C) side by side into one file, or nothing."""
+    from PIL import Image
+
+    sheet = tile(pictures)
+    with whole_file(path) as new:
+        Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet).save(new)
 
 
 @contextmanager

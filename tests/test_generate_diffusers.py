@@ -8,6 +8,9 @@ import yaml
 from PIL import Image
 
 from specstream.cli import generate
+from specstream.generation.command.preview import Preview
+from specstream.generation.media_loading import SamplerOptions, media_of_target
+from specstream.models import PretrainedDenoiser
 from tests.diffusers_toys import fresh, save_pipeline
 
 CHAIN = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "prediction_type": "epsilon"}
@@ -34,6 +37,19 @@ def test_a_pipeline_of_diffusers_is_drafted_and_verified(config: Path, tmp_path:
     found = json.loads(stats.read_text())
     assert (found["modality"], found["guarantee"]) == ("image", "exact law")
     assert found["elements"] == 6 and found["draft_calls"] > 0
+
+
+def test_a_preview_of_latents_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specstream.generation.command.preview.SHARE", 1e9)
+    parts = {"transformer": fresh("DiTTransformer2DModel"), "vae": fresh("AutoencoderKL")}
+    save_pipeline(tmp_path / "dit", "DiTPipeline", CHAIN, **parts)
+    target = PretrainedDenoiser(str(tmp_path / "dit"), dtype="float32", device="cpu")
+    run = media_of_target(target, SamplerOptions(4))
+    preview = Preview(run, tmp_path / "x.png", 1, 1e-9)
+    for step in run.pipeline.generate(1, run.condition("3", 1), seed=0):
+        preview.show(step)
+    height, width = run.media_shape[1:]
+    assert height > target.shape[1] and Image.open(tmp_path / "x.png").size == (width, height)
 
 
 @pytest.mark.parametrize("sampler", ["adams-bashforth", "dpm-solver++", "by-error", "picard"])

@@ -1,9 +1,9 @@
 """What `generate.py` does: read the options, build the pipeline, decode, report.
 
 Reading order: `options`, `canvas_options` and `media_options` (what can be said), `one_prompt`
-(text as it is committed), `one_canvas` (of a masked model), `one_media` (of a diffusion model),
-`display` and `comparison` (what it shows), `many_prompts` (a file of them), `devices` (over
-several).  None of it knows how decoding works.
+(text as it is committed), `one_canvas` (of a masked model), `one_media` (of a diffusion model) and
+`preview`, `display` and `comparison` (what it shows), `many_prompts` (a file of them), `devices`
+(over several).  None of it knows how decoding works.
 """
 
 from __future__ import annotations

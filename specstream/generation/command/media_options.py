@@ -57,6 +57,8 @@ class MediaOptions:
         num_frames: of a video.
         frame_rate: frames a second of a video.
         seconds: of a sound that a model of diffusers makes.
+        preview_every: seconds from one preview of the samples to the next, at least: a picture
+            NAME.preview.png beside the output, until that stands; none: no previews.
     """
 
     samples: int = 1
@@ -81,6 +83,7 @@ class MediaOptions:
     num_frames: int | None = None
     frame_rate: float | None = None
     seconds: float | None = None
+    preview_every: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "steps", "draft_steps", "main_steps", "devices"):
@@ -96,7 +99,7 @@ class MediaOptions:
         if isinstance(self.window, int) and not 0 <= self.window <= 64:
             raise ValueError(f"media.window must be in 0..64, got {self.window}")
         self._check_given()
-        for name in SIZES:
+        for name in (*SIZES, "preview_every"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1_000_000:
                 raise ValueError(f"media.{name} must be above 0 and at most 1000000, got {value}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from specstream.generation.command.comparison import REPEATS
 from specstream.generation.command.display import guarantee_of, quantized_rows, say
 from specstream.generation.command.one_prompt import INTERRUPTED
 from specstream.generation.command.options import Options, wrong
+from specstream.generation.command.preview import Preview
 from specstream.generation.consistency import ConsistencyPipeline
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
@@ -52,16 +54,19 @@ def generate_media(run: MediaRun, options: Options) -> int:
     if options.compare and is_plain(run.pipeline):
         raise ValueError("compare: this is the plain target already, there is no drafter")
     rows: list[Sampled] = []
+    preview = preview_beside(path, run, options)
     try:
-        first = show_progress(run.pipeline, asked, options)
-        if options.compare:
-            say("comparing with the plain target ...")
-            rows = compare(run.pipeline, asked, options)
+        with preview or nullcontext():
+            first = show_progress(run.pipeline, asked, options, preview)
+            if options.compare:
+                say("comparing with the plain target ...")
+                rows = compare(run.pipeline, asked, options)
+            check_finite(first, run.pipeline)
+            run.processor.write(run.media(first), path)
     except KeyboardInterrupt:
-        say("interrupted; nothing was written")
+        kept = None if preview is None or not preview.is_written else preview.path
+        say(f"interrupted; {'nothing was written' if kept is None else f'{kept} is a preview'}")
         return INTERRUPTED
-    check_finite(first, run.pipeline)
-    run.processor.write(run.media(first), path)
     stats = replace(run.pipeline.stats, modality=run.processor.kind)
     if run.told is not None:
         stats.quantized = stats.quantized | run.told.memory
@@ -95,14 +100,38 @@ def output_path(options: Options, processor: MediaProcessor) -> Path:
     if path.suffix != processor.suffix:
         wrong("output", f"this model makes {processor.suffix} files, not '{path.suffix}'")
     processor.check_writer()
-    beside = path.with_name(f"{path.stem}-compare{path.suffix}")
-    if options.compare and beside.exists() and not options.overwrite:
+    if options.compare:
+        check_beside(path.with_name(f"{path.stem}-compare{path.suffix}"), "compare", options)
+    if options.media.preview_every is not None:
+        if not processor.is_seen:
+            wrong("media.preview_every", "is for pictures, and this model's sounds are waveforms")
+        check_beside(preview_path(path), "media.preview_every", options)
+    return path
+
+
+def check_beside(beside: Path, option: str, options: Options) -> None:
+    """Raise ConfigError where what `option` writes beside the output is another file already."""
+    if beside.exists() and not beside.is_file():
+        wrong("output", f"'{beside}', which --{option} writes, is a folder or the like")
+    if beside.exists() and not options.overwrite:
         wrong("output", f"'{beside}' exists; give --overwrite true to replace it")
     others = {f"media.{name}": file for name, file in asdict(options.media.given).items()}
     for name, file in (others | {"stats": options.stats}).items():
-        if options.compare and file is not None and Path(file).resolve() == beside.resolve():
-            wrong(name, f"'{file}' is also what --compare writes beside --output")
-    return path
+        if file is not None and Path(file).resolve() == beside.resolve():
+            wrong(name, f"'{file}' is also what --{option} writes beside --output")
+
+
+def preview_path(output: Path) -> Path:
+    """Return where the samples of an output are to be seen while they are drawn."""
+    return output.with_name(f"{output.stem}.preview.png")
+
+
+def preview_beside(output: Path, run: MediaRun, options: Options) -> Preview | None:
+    """Return what shows samples while they are drawn; None where nobody asks for it."""
+    every = options.media.preview_every
+    if every is None:
+        return None
+    return Preview(run, preview_path(output), options.media.samples, every)
 
 
 def check_finite(samples: Tensor, pipeline: DenoisingSampler) -> None:
@@ -114,7 +143,9 @@ def check_finite(samples: Tensor, pipeline: DenoisingSampler) -> None:
     raise ValueError(f"the samples hold numbers that are not finite{advice}")
 
 
-def show_progress(pipeline: DenoisingSampler, asked: Asked, options: Options) -> Tensor:
+def show_progress(
+    pipeline: DenoisingSampler, asked: Asked, options: Options, preview: Preview | None
+) -> Tensor:
     """Sample once with a bar that counts steps, and shows rounds and acceptance."""
     samples = options.media.samples
     steps = pipeline.grid.num_steps
@@ -136,6 +167,8 @@ def show_progress(pipeline: DenoisingSampler, asked: Asked, options: Options) ->
             kept = "" if stats.acceptance is None else f", {stats.acceptance:.0%} of drafts stand"
             values = f"{stats.target_calls or stats.draft_calls} rounds{kept}"
             bar.update(task, advance=step.accepted + 1, values=values)
+            if preview is not None:
+                preview.show(step)
     return pipeline.samples
 
 
