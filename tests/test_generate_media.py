@@ -80,7 +80,7 @@ def test_compare_writes_the_plain_samples_beside(draft_run: Path, tmp_path: Path
     arguments = ["--run", str(draft_run), "--prompt", "a", "--output", str(output)]
     arguments += ["--media.steps", "8", "--media.window", "4", "--compare", "true"]
     assert generate(arguments) == 0
-    assert (tmp_path / "x-compare.png").is_file()
+    assert (tmp_path / "x-compare.png").is_file() and (tmp_path / "x-plain.png").is_file()
     shown = capsys.readouterr().err
     assert "plain, 8 steps" in shown and "drafted" in shown
     assert generate(arguments) == 2

@@ -93,3 +93,47 @@ def test_a_text_asks_for_an_image(tmp_path: Path) -> None:
         assert generate([*arguments, "--media.steps", "3", "--media.guidance", "2"]) == 0
         written.append(output.read_bytes())
     assert written[0] == written[1] != written[2]
+
+
+def test_what_promises_no_law_is_held_beside_as_few_plain_steps_unless_told_not_to(
+    run: Path, tmp_path: Path, capsys
+) -> None:
+    stats = tmp_path / "stats.json"
+    arguments = ["--run", str(run), "--prompt", "", "--media.sampler", "by-error"]
+    arguments += ["--media.steps", "12", "--media.tolerance", "0.05"]
+    output = ["--output", str(tmp_path / "x.png"), "--stats", str(stats)]
+    assert generate([*arguments, *output]) == 0
+    shown = capsys.readouterr().err
+    assert "plain, 12 steps" in shown and "adams-bashforth, 12 steps" in shown
+    assert "dB: how near the same noise comes to adams-bashforth, 12 steps" in shown
+    found = json.loads(stats.read_text())
+    ours, rows = found["compared"][0], {row["name"]: row for row in found["compared"]}
+    assert ours["name"] == "drafted" and ours["target_calls"] < 12 and ours["psnr"] > 0
+    assert rows[f"adams-bashforth, {ours['target_calls']} steps"]["psnr"] > 0
+    assert rows["adams-bashforth, 12 steps"]["psnr"] is None  # the solution itself
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["x.png"]
+    again = ["--output", str(tmp_path / "y.png"), "--compare", "false"]
+    assert generate([*arguments, *again]) == 0
+    assert "plain, 12 steps" not in capsys.readouterr().err
+
+
+def test_guesses_of_order_0_are_those_of_another_order(run: Path, tmp_path: Path, capsys) -> None:
+    orders = []
+    for order in ("0", "1"):
+        options = SamplerOptions(num_steps=9, sampler="by-error", order=int(order))
+        orders.append(load_media_run(run, options).pipeline.order)  # type: ignore[attr-defined]
+    assert orders == [0, 1]
+    arguments = ["--run", str(run), "--prompt", "", "--output", str(tmp_path / "x.png")]
+    assert generate([*arguments, "--media.order", "0"]) == 2
+    assert "order is of the guesses of sampler by-error" in capsys.readouterr().err
+    assert generate([*arguments, "--media.sampler", "picard", "--media.order", "0"]) == 2
+    assert "order is of the guesses of by-error, and not of picard" in capsys.readouterr().err
+
+
+def test_sizes_and_steps_of_media_need_no_section(run: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["--run", str(run), "--prompt", "", "--output", str(tmp_path / "x.png")]
+    assert generate([*arguments, "--height", "9"]) == 2
+    assert "height 9" in capsys.readouterr().err
+    short = ["--draft_steps=2", "--main_steps", "4", "--refinement_threshold", "1"]
+    assert generate([*arguments, *short, "--compare", "false"]) == 0
+    assert "heuristic" in capsys.readouterr().err

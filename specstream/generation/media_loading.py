@@ -49,7 +49,7 @@ from specstream.models.quantization import USUAL
 from specstream.models.state_shape import MediaSize, shape_of_size
 from specstream.verification.quality import AdaptiveThreshold
 
-TOLERANCES = {"by-error": 0.01, "picard": 0.01, "step-cache": 0.1}  # unless said
+TOLERANCES = {"by-error": 0.001, "picard": 0.01, "step-cache": 0.1}  # unless said
 WINDOW = 8  # drafted steps a round, unless said; the most where measured costs choose
 EVERY = 2  # of the lengths that are chosen from, one in so many: each has to be measured
 Free = Literal["estimate", "velocity", "first-block"]  # drafts that need no training
@@ -82,6 +82,7 @@ class SamplerOptions:
     guidance: float = 1.0
     sampler: Sampler = "ddim"
     tolerance: float | None = None
+    order: int | None = None
     free_draft: Free | None = None
     window: Window | None = None
     refinement: Refinement | None = None
@@ -270,6 +271,8 @@ def media_sampler(
         return deterministic_sampler(target, options, size)
     if options.tolerance is not None:
         raise ValueError("tolerance is for the samplers by-error, picard and step-cache")
+    if options.order is not None:
+        raise ValueError("order is of the guesses of sampler by-error")
     if drafter is None:
         drafter = free_drafter(options.free_draft, target, options.guidance)
     if drafter is None and options.window is not None:
@@ -292,7 +295,7 @@ def few_step_sampler(
     student = drafter.denoiser if isinstance(drafter, IndependentDenoiser) else None
     if not isinstance(student, ConsistencyModel):
         raise ValueError("sampler consistency is for a student of few steps; this run has none")
-    for name in ("eta", "tolerance", "window", "free_draft"):
+    for name in ("eta", "tolerance", "order", "window", "free_draft"):
         if getattr(options, name) is not None:
             raise ValueError(f"sampler consistency asks the student alone: {name} is for others")
     if options.guidance not in (1, student.guidance):
@@ -314,6 +317,8 @@ def deterministic_sampler(target: Denoiser, options: SamplerOptions, size: int) 
     }
     if name not in ("picard", "step-cache") and options.eta not in (None, 0):
         raise ValueError(f"sampler {name} is deterministic: eta must be 0, not {options.eta}")
+    if name != "by-error" and options.order is not None:
+        raise ValueError(f"order is of the guesses of by-error, and not of {name}")
     if name in solvers:
         if options.tolerance is not None or options.window is not None:
             raise ValueError(f"sampler {name} guesses nothing: tolerance and window are for others")
@@ -324,6 +329,7 @@ def deterministic_sampler(target: Denoiser, options: SamplerOptions, size: int) 
             target,
             options.num_steps,
             tolerance,
+            1 if options.order is None else options.order,
             guidance=options.guidance,
             lengths=drafted_lengths(None, options.window),
             batch_size=size,

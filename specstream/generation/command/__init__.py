@@ -115,6 +115,7 @@ def make_media_run(options: Options, target: PretrainedDenoiser | None) -> Media
         guidance=media.guidance,
         sampler=media.sampler,
         tolerance=media.tolerance,
+        order=media.order,
         free_draft=media.free_draft,
         window=media.window,
         refinement=media.refinement,

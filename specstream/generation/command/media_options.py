@@ -32,6 +32,8 @@ class MediaOptions:
             alone.
         tolerance: of by-error (squared error of a velocity), picard (change of a state), 0.01
             unless said, and step-cache (relative change of the first block), 0.1 unless said.
+        order: of the velocities that by-error guesses: 0 the last one, as published, 1 (unless
+            said) on a line through the last two.
         window: steps drafted in a round, at most; auto: as many as pay, 0 included, by costs that
             are measured once for the models and the machine; none: 8.
         devices: GPUs that the rows of a call of the target are split over.
@@ -67,6 +69,7 @@ class MediaOptions:
     guidance: float = 1.0
     sampler: Sampler = "ddim"
     tolerance: float | None = None
+    order: Literal[0, 1] | None = None
     window: Window | None = None
     devices: int = 1
     free_draft: Free | None = None
@@ -111,7 +114,7 @@ class MediaOptions:
                 raise ValueError(f"media.{name} is for refinement: give media.draft_steps")
         if refines and self.sampler != "ddim":
             raise ValueError("media.sampler is for whole samples, and this is a refinement")
-        for name in ("free_draft", "window", "tolerance"):
+        for name in ("free_draft", "window", "tolerance", "order"):
             if refines and getattr(self, name) is not None:
                 raise ValueError(f"media.{name} is for drafted steps, and this is a refinement")
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,29 +14,24 @@ from torch import Tensor
 from specstream.files import write_whole
 from specstream.generation.command.comparison import REPEATS
 from specstream.generation.command.display import guarantee_of, quantized_rows, say
+from specstream.generation.command.media_comparison import (
+    Sampled,
+    compare,
+    comparison_facts,
+    comparison_report,
+    is_approximate,
+    is_plain,
+)
 from specstream.generation.command.one_prompt import INTERRUPTED
 from specstream.generation.command.options import Options, wrong
 from specstream.generation.command.preview import Preview
-from specstream.generation.consistency import ConsistencyPipeline
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.media_given import Asked, asked_for
 from specstream.generation.media_loading import MediaRun
 from specstream.generation.refinement import RefinementPipeline
-from specstream.generation.solvers import SolverPipeline
-from specstream.generation.step_caching import StepCachePipeline
 from specstream.media_processor import MediaProcessor
-from specstream.structures import Guarantee, Stats
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """What one way of sampling gave; `seconds` are a median where it was repeated."""
-
-    name: str
-    samples: Tensor
-    stats: Stats
-    seconds: float
+from specstream.structures import Stats
 
 
 def generate_media(run: MediaRun, options: Options) -> int:
@@ -53,14 +47,10 @@ def generate_media(run: MediaRun, options: Options) -> int:
     refines = isinstance(run.pipeline, RefinementPipeline)
     if options.compare and is_plain(run.pipeline):
         raise ValueError("compare: this is the plain target already, there is no drafter")
-    rows: list[Sampled] = []
     preview = preview_beside(path, run, options)
     try:
         with preview or nullcontext():
             first = show_progress(run.pipeline, asked, options, preview)
-            if options.compare:
-                say("comparing with the plain target ...")
-                rows = compare(run.pipeline, asked, options)
             check_finite(first, run.pipeline)
             run.processor.write(run.media(first), path)
     except KeyboardInterrupt:
@@ -78,18 +68,48 @@ def generate_media(run: MediaRun, options: Options) -> int:
     for line in guidance_remarks(run.pipeline):
         say(line)
     say(f"wrote {path}")
-    if rows:
-        beside = path.with_name(f"{path.stem}-compare{path.suffix}")
-        run.processor.write(run.media(torch.cat([row.samples for row in rows])), beside)
-        for line in comparison_report(rows):
-            say(line)
-        say(f"wrote {beside}: {', then '.join(row.name for row in rows)}")
+    try:
+        rows = show_comparison(run, asked, options, path)
+    except KeyboardInterrupt:
+        say("interrupted; the samples are written, what they are held beside is not")
+        return INTERRUPTED
     if options.stats is not None:
         import json
 
         facts = stats.as_dict() | comparison_facts(rows)
         write_whole(Path(options.stats), json.dumps(facts, indent=2) + "\n")
     return 0
+
+
+def show_comparison(run: MediaRun, asked: Asked, options: Options, path: Path) -> list[Sampled]:
+    """Hold the samples beside the plain target's, where that is asked for or due.
+
+    Due it is to what promises no law; models of `diffusers` are too dear to be asked unasked.
+    Returns a row for each way of sampling, none where nothing is compared.
+    """
+    due = options.compare is None and is_approximate(run.pipeline)
+    if due and run.told is not None:
+        say("not held beside the plain target with as few steps: --compare true does that")
+    if not options.compare and (not due or run.told is not None):
+        return []
+    say("comparing with the plain target ...")
+    repeats = REPEATS if options.compare else 1
+    how = (asked, options.media.samples, options.media.num_steps, options.seed)
+    rows = compare(run.pipeline, *how, run.media, repeats)
+    for line in comparison_report(rows):
+        say(line)
+    if options.compare:
+        plain, beside = beside_paths(path)
+        run.processor.write(run.media(rows[1].samples), plain)
+        run.processor.write(run.media(torch.cat([row.samples for row in rows])), beside)
+        say(f"wrote {plain}, and {beside}: {', then '.join(row.name for row in rows)}")
+    return rows
+
+
+def beside_paths(output: Path) -> tuple[Path, Path]:
+    """Return where `--compare` writes the plain target's samples, and all ways side by side."""
+    plain, beside = (f"{output.stem}-{name}{output.suffix}" for name in ("plain", "compare"))
+    return output.with_name(plain), output.with_name(beside)
 
 
 def output_path(options: Options, processor: MediaProcessor) -> Path:
@@ -101,7 +121,8 @@ def output_path(options: Options, processor: MediaProcessor) -> Path:
         wrong("output", f"this model makes {processor.suffix} files, not '{path.suffix}'")
     processor.check_writer()
     if options.compare:
-        check_beside(path.with_name(f"{path.stem}-compare{path.suffix}"), "compare", options)
+        for beside in beside_paths(path):
+            check_beside(beside, "compare", options)
     if options.media.preview_every is not None:
         if not processor.is_seen:
             wrong("media.preview_every", "is for pictures, and this model's sounds are waveforms")
@@ -172,50 +193,6 @@ def show_progress(
     return pipeline.samples
 
 
-def compare(pipeline: DenoisingSampler, asked: Asked, options: Options) -> list[Sampled]:
-    """Time the pipeline, the plain target, and the plain target with as many steps as rounds."""
-    media = options.media
-
-    def sampled(way: DenoisingSampler) -> Tensor:
-        return way.complete(media.samples, asked.condition, seed=options.seed, known=asked.known)
-
-    sampled(pipeline)
-    calls, steps = pipeline.stats.target_calls, media.num_steps
-    names = {RefinementPipeline: "refined", StepCachePipeline: "cached"}
-    ours = names.get(type(pipeline), "drafted")
-    if isinstance(pipeline, ConsistencyPipeline):
-        calls, steps, ours = pipeline.stats.draft_calls, pipeline.student.num_steps, "student"
-    rounds = round(calls / max(1, -(-media.samples // pipeline.batch_size)))
-
-    def plain(num_steps: int) -> DenoisingPipeline:
-        return DenoisingPipeline(
-            pipeline.target,
-            num_steps,
-            pipeline.eta,
-            pipeline.guidance,
-            batch_size=pipeline.batch_size,
-        )
-
-    ways: dict[str, DenoisingSampler] = {ours: pipeline}
-    ways |= {f"plain, {number} steps": plain(number) for number in (steps, max(1, rounds))}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    found = {}
-    for _ in range(REPEATS):
-        for name, way in ways.items():
-            found[name] = sampled(way)
-            seconds[name].append(way.stats.seconds)
-    return [
-        Sampled(name, found[name], way.stats, statistics.median(seconds[name]))
-        for name, way in ways.items()
-    ]
-
-
-def is_plain(pipeline: DenoisingSampler) -> bool:
-    """Whether every round of a sampler is one step of the target's own."""
-    undrafted = isinstance(pipeline, DenoisingPipeline) and pipeline.drafter is None
-    return undrafted or isinstance(pipeline, SolverPipeline)
-
-
 def media_report(stats: Stats) -> list[str]:
     """Return the table of a run, one line for each number."""
     rows = [
@@ -275,39 +252,3 @@ def as_table(rows: list[tuple[str, str]]) -> list[str]:
     """Return a line for each name and value."""
     width = max(len(name) for name, _ in rows) + 2
     return [f"{name:<{width}}{value}" for name, value in rows]
-
-
-def comparison_report(rows: list[Sampled]) -> list[str]:
-    """Return a line for each way of sampling."""
-    lines = [f"{'':<18}{'rounds':>8}{'rows':>8}{'seconds':>10}"]
-    for row in rows:
-        stats = row.stats
-        rounds = stats.target_calls or stats.draft_calls  # of a student, which is asked alone
-        counts = f"{rounds:>8}{stats.target_rows:>8}"
-        lines.append(f"{row.name:<18}{counts}{row.seconds:>10.3f}")
-    if rows[0].stats.guarantee is Guarantee.HEURISTIC:
-        lines.append(
-            f"{rows[0].name} samples have no law that is promised: judge them by what they are"
-        )
-        return lines
-    if rows[0].stats.guarantee is Guarantee.BOUNDED_ERROR:
-        lines.append("the drafted samples are near the plain ones of the same noise, not equal")
-        return lines
-    lines.append(
-        "the drafted samples have the law of the plain ones with as many steps; each run draws "
-        "its own"
-    )
-    return lines
-
-
-def comparison_facts(rows: list[Sampled]) -> dict[str, object]:
-    """Return the keys that `--compare` adds to `--stats`."""
-    if not rows:
-        return {}
-    ours, plain = rows[0], rows[1]
-    return {
-        "baseline_seconds": plain.seconds,
-        "baseline_target_calls": plain.stats.target_calls,
-        "speedup": plain.seconds / ours.seconds,
-        "identical": None,
-    }

@@ -194,7 +194,7 @@ def parse_options(arguments: list[str]) -> Options:
 
 
 def spelled_out(argument: str) -> str:
-    """Return an argument with the section of options that go without: --height is --media.height."""
+    """Return an argument with its section, where it may go without: --height, --media.height."""
     name, equals, value = argument.partition("=")
     if not name.startswith("--") or name[2:] not in WITHOUT_SECTION:
         return argument
