@@ -1,12 +1,13 @@
 """Solvers of the deterministic sampler, each with an option that trades rounds for an error.
 
 A further one is a frozen dataclass that makes a `DenoisingSampler` for each value of its option.
+What is not the target with fewer steps has to beat just that: `equal_rounds` adds it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from specstream.benchmark.media_methods import MediaModels, MediaSetting
@@ -14,11 +15,12 @@ from specstream.generation import FixedLength
 from specstream.generation.accept_by_error import AcceptByErrorPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
 from specstream.generation.picard import PicardPipeline
-from specstream.generation.solvers import Euler, Solver, SolverPipeline
+from specstream.generation.solvers import AdamsBashforth2, Euler, Solver, SolverPipeline
 from specstream.generation.step_caching import StepCachePipeline
 
 STEPS = (5, 7, 9, 11, 13, 17, 25)
 TOLERANCES = (0.001, 0.003, 0.01, 0.03)
+BASELINES: tuple[tuple[str, Solver], ...] = (("Euler", Euler()), ("AB2", AdamsBashforth2()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,3 +172,19 @@ class StepCache(SolverCurve):
                 batch_size=setting.batch_size,
             )
             yield CurvePoint(f"{self.name} {tolerance:g}", pipeline)
+
+
+def equal_rounds(curves: Sequence[SolverCurve], rounds: Sequence[float]) -> list[SolverSteps]:
+    """Return the target with as many steps as others took rounds, by Euler and Adams-Bashforth.
+
+    `rounds` are those of every point of the curves that approximate.  A number of steps that the
+    study's own `curves` have for the same solver is left out; what is added goes by their name.
+    """
+    wanted = {max(round(number), 1) for number in rounds}
+    added = []
+    for name, solver in BASELINES:
+        own = [c for c in curves if isinstance(c, SolverSteps) and type(c.solver) is type(solver)]
+        missing = wanted.difference(*(curve.num_steps for curve in own))
+        if missing:
+            added.append(SolverSteps(own[0].name if own else name, solver, sorted(missing)))
+    return added

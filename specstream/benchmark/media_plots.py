@@ -6,7 +6,6 @@ Plain samplers are joined by lines: drafts have to come below them, solvers abov
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from typing import Any
 
 from specstream.benchmark.tables import JsonRow, Table
@@ -69,7 +68,8 @@ def _draw_distances(axis: Any, rows: Sequence[JsonRow]) -> None:
 
 def _draw_fidelity(axis: Any, rows: Sequence[JsonRow]) -> None:
     """Draw a line for each solver; a sample that is the solution itself has no decibels."""
-    for curve, members in groupby(rows, lambda row: row["curve"]):
-        own = sorted((r for r in members if r["psnr"] is not None), key=lambda r: r["rounds"])
+    for curve in dict.fromkeys(row["curve"] for row in rows):  # points may be added at the end
+        members = (r for r in rows if r["curve"] == curve and r["psnr"] is not None)
+        own = sorted(members, key=lambda r: float(r["rounds"]))
         axis.plot([r["rounds"] for r in own], [r["psnr"] for r in own], marker=".", label=curve)
     axis.set_ylabel("PSNR to the solution, dB", fontsize=8)

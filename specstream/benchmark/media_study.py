@@ -16,7 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specstream.benchmark.media_curves import CurvePoint, SolverCurve
+from specstream.benchmark.media_curves import (
+    CurvePoint,
+    SolverCurve,
+    SolverSteps,
+    equal_rounds,
+)
 from specstream.benchmark.media_methods import (
     EqualRounds,
     MediaModels,
@@ -328,14 +333,25 @@ class MediaStudy(Study):
         maker = SolverRowMaker(
             task.name, task.target, held_out, solution, self.reference_steps, machine
         )
+        rounds = []  # of what approximates
         for curve in curves:
             for point in curve.points(models, setting):
-                samples = point.pipeline.complete(count, condition, seed=self.seed)
-                yield self._solved(maker, curve, point, samples)
+                row = self._solved(maker, curve, point, condition)
+                if not isinstance(curve, SolverSteps):
+                    rounds.append(row.rounds)
+                yield row
+        for curve in equal_rounds(curves, rounds):
+            for point in curve.points(models, setting):
+                yield self._solved(maker, curve, point, condition)
 
     def _solved(
-        self, maker: SolverRowMaker, curve: SolverCurve, point: CurvePoint, samples: Tensor
+        self,
+        maker: SolverRowMaker,
+        curve: SolverCurve,
+        point: CurvePoint,
+        condition: dict[str, Tensor],
     ) -> SolverRow:
+        samples = point.pipeline.complete(len(maker.solution), condition, seed=self.seed)
         row = maker.row(curve.name, point, samples)
         decibels = "equal" if row.psnr is None else f"{row.psnr:.1f} dB"
         say(f"  {row.method}: {row.rounds:.2f} rounds, {decibels}")
