@@ -99,7 +99,10 @@ class SolverRow:
     """One solver of the deterministic sampler: its rounds, and how near it comes to the solution.
 
     `psnr` is in dB, to the samples of `reference_steps` Euler steps from the same noise; None where
-    they are equal.  `data_distance` is the energy distance to held-out data.
+    they are equal.  `data_distance` is the energy distance to held-out data.  `draft_passes` are as
+    in `SamplingCosts`: those of a step cache are the target's first block, which is no round.
+    Seconds are of a sample in a batch of `batch_size`, one pass of every row in turns.  What older
+    files do not say is None.
     """
 
     study: str = "solvers"
@@ -115,4 +118,7 @@ class SolverRow:
     target_rows: float
     psnr: float | None
     data_distance: float
+    draft_passes: float | None = None
+    seconds_in_batch: float | None = None
+    batch_size: int | None = None
     machine: Machine

@@ -211,5 +211,6 @@ class SolverRowMaker:
             target_rows=stats.target_rows / stats.prompts,
             psnr=decibels if np.isfinite(decibels) else None,
             data_distance=energy_distance(samples, self.held_out),
+            draft_passes=draft_passes(point.pipeline),
             machine=self.machine,
         )

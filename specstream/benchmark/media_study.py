@@ -16,12 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specstream.benchmark.media_curves import (
-    CurvePoint,
-    SolverCurve,
-    SolverSteps,
-    equal_rounds,
-)
+from specstream.benchmark.media_curves import SolverCurve
 from specstream.benchmark.media_methods import (
     EqualRounds,
     MediaModels,
@@ -32,6 +27,7 @@ from specstream.benchmark.media_methods import (
 )
 from specstream.benchmark.media_records import SolverRow
 from specstream.benchmark.media_rows import Drawn, MediaRowMaker, SolverRowMaker, Timed, draw
+from specstream.benchmark.media_solving import SolverTable
 from specstream.benchmark.rows import Machine, Row, describe_machine
 from specstream.benchmark.study import Asked, Study, check_names, say
 from specstream.benchmark.timing import Plan, alternate
@@ -232,9 +228,9 @@ class MediaStudy(Study):
                 yield rows
                 if not complete:
                     raise KeyboardInterrupt
-            rows = list(self.solve(task, models, held_out, machine))
-            if rows:
-                yield rows
+            solved = self.solve(task, models, held_out, machine)
+            if solved:
+                yield list(solved)
 
     def _build(self, task: MediaTask, models: MediaModels) -> None:
         """Raise ValueError for what a method cannot do, before hours are spent on the others."""
@@ -314,45 +310,22 @@ class MediaStudy(Study):
 
     def solve(
         self, task: MediaTask, models: MediaModels, held_out: Tensor, machine: Machine
-    ) -> Iterator[Row]:
+    ) -> list[SolverRow]:
         """Solve the deterministic sampler in every way, and hold it beside the solution."""
         curves = [curve for curve in self.solvers if self._is_asked(curve, task)]
         if not curves:
-            return
-        count = task.num_solved
+            return []
         setting = MediaSetting(self.solver_steps, 0.0, task.guidance, task.batch_size)
-        condition = models.condition(models.prompts(count, self.seed))
+        prompts = models.prompts(task.num_solved, self.seed)
         exact = SolverPipeline(
             models.target,
             self.reference_steps,
             guidance=task.guidance,
             batch_size=task.batch_size,
         )
-        say(f"{task.name}: {count} samples in {self.reference_steps} steps")
-        solution = exact.complete(count, condition, seed=self.seed)
+        say(f"{task.name}: {len(prompts)} samples in {self.reference_steps} steps")
+        solution = exact.complete(len(prompts), models.condition(prompts), seed=self.seed)
         maker = SolverRowMaker(
             task.name, task.target, held_out, solution, self.reference_steps, machine
         )
-        rounds = []  # of what approximates
-        for curve in curves:
-            for point in curve.points(models, setting):
-                row = self._solved(maker, curve, point, condition)
-                if not isinstance(curve, SolverSteps):
-                    rounds.append(row.rounds)
-                yield row
-        for curve in equal_rounds(curves, rounds):
-            for point in curve.points(models, setting):
-                yield self._solved(maker, curve, point, condition)
-
-    def _solved(
-        self,
-        maker: SolverRowMaker,
-        curve: SolverCurve,
-        point: CurvePoint,
-        condition: dict[str, Tensor],
-    ) -> SolverRow:
-        samples = point.pipeline.complete(len(maker.solution), condition, seed=self.seed)
-        row = maker.row(curve.name, point, samples)
-        decibels = "equal" if row.psnr is None else f"{row.psnr:.1f} dB"
-        say(f"  {row.method}: {row.rounds:.2f} rounds, {decibels}")
-        return row
+        return SolverTable(models, setting, prompts, self.seed, maker).rows(curves)

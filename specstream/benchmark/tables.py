@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from specstream.benchmark.media_cells import known_batch, known_seconds_as_ms
 from specstream.models.quantization import IN_INT8
 
 JsonRow = dict[str, Any]
@@ -302,6 +303,8 @@ SOLVERS = [
     Column("method", lambda row: row["method"]),
     Column("rounds", number("rounds", ".2f")),
     Column("rows", number("target_rows", ".1f")),
+    Column("draft passes", number("draft_passes", ".2f")),
+    Column("ms in batch", known_seconds_as_ms("seconds_in_batch")),
     Column("PSNR, dB", number("psnr", ".1f")),
     Column("distance to data", number("data_distance", "+.4f")),
     Column("guarantee", weaker_guarantee),
@@ -353,7 +356,7 @@ def _media_title(row: JsonRow) -> str:
     """Say what was drawn, and what it is compared with."""
     if row["study"] == "solvers":
         solution = f"beside {row['reference_steps']} Euler steps from the same noise"
-        return f"{row['task']}, eta 0 ({row['num_samples']} samples {solution})"
+        return f"{row['task']}, eta 0 ({row['num_samples']} samples {solution}{known_batch(row)})"
     counts = f"{row['num_samples']} samples, {row['num_held_out']} held-out ones"
     return f"{row['task']}, {row['setting']} ({counts}; batch {row['batch_size']})"
 

@@ -1,0 +1,16 @@
+"""Cells of the tables of media that older result files have nothing for: empty there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def known_seconds_as_ms(key: str) -> Callable[[dict[str, Any]], str]:
+    """Return a cell of seconds in milliseconds, empty where they were not taken."""
+    return lambda row: "" if row.get(key) is None else f"{1000 * row[key]:.2f}"
+
+
+def known_batch(row: dict[str, Any]) -> str:
+    """Say in the title of a table of solvers how many samples were timed together."""
+    return f"; batch {row['batch_size']}" if row.get("batch_size") else ""
