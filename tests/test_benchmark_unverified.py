@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from specstream.benchmark import EqualSeconds, MediaTask, Refined, Student
+from specstream.benchmark import EqualSeconds, MediaTask, Refined, Student, timing
 from specstream.benchmark.command import main
+from specstream.benchmark.media_cells import over_equal_seconds
 from specstream.benchmark.media_counts import draft_passes, target_rounds
 from specstream.benchmark.media_methods import MediaModels, MediaSetting
 from specstream.benchmark.media_rows import MediaRowMaker
+from specstream.benchmark.media_seconds import equal_seconds
 from specstream.benchmark.rows import describe_machine
 from specstream.data import MediaDataModule, Tones
 from specstream.data.media_sources import Samples
@@ -25,6 +28,7 @@ from specstream.models import Denoiser, FlowSchedule, PatchTransformer
 from specstream.models.consistency import ConsistencyModel
 from specstream.models.denoiser import load_denoiser
 from specstream.spectrogram import LogMel
+from specstream.structures import Guarantee, Stats
 from tests.media_toys import (
     PLAIN,
     SAMPLES,
@@ -79,7 +83,11 @@ def test_a_refinement_is_never_shown_without_the_plain_target_at_its_cost(
         row, same = found[name], found[f"as many calls as {name}"]
         assert row["guarantee"] == "heuristic" and not row["alphas"] and row["eta"] == 0
         assert (same["num_steps"], same["eta"]) == (row["rounds"], 0)
-        assert same["rounds"] == row["rounds"] and found[f"as many seconds as {name}"]["eta"] == 0
+        seconds = found[f"as many seconds as {name}"]
+        assert same["rounds"] == row["rounds"] and seconds["eta"] == 0
+        ratio = seconds["seconds_in_batch"] / row["seconds_in_batch"]
+        assert seconds["seconds_ratio"] == pytest.approx(ratio, rel=1e-4)
+        assert row["seconds_ratio"] is same["seconds_ratio"] is None
     assert (tmp_path / "docs/results/toy-rounds.png").is_file()
 
 
@@ -113,6 +121,49 @@ def test_equal_seconds_are_those_of_as_many_plain_steps() -> None:
     setting = MediaSetting(50, 1.0, rounds={"x": 9.0, "y": 1.0}, shares={"x": 0.3, "y": 0.001})
     assert [EqualSeconds("e", name).num_steps(setting) for name in ("x", "y")] == [15, 1]
     assert "was not measured before it" in str(EqualSeconds("e", "z").refusal(setting))
+
+
+class TakesSeconds:
+    """A sampler that moves a clock by its own seconds, and by more in a few of its runs."""
+
+    def __init__(self, seconds: float, clock: list[float]) -> None:
+        self.seconds, self.clock, self.runs = seconds, clock, 0
+        self.stats = Stats("media", Guarantee.EXACT_LAW)
+
+    def complete(self, num_samples: int, *given: object, **options: object) -> None:
+        self.runs += 1
+        self.clock[0] += self.seconds * (9 if self.runs % 3 == 0 else 1)
+
+
+@pytest.mark.parametrize("guess", [0.02, 0.2, 1.0])
+def test_equal_seconds_are_found_in_turns_whatever_was_guessed_before(
+    monkeypatch: pytest.MonkeyPatch, guess: float
+) -> None:
+    """A run of n plain steps takes n + 2 seconds, the other method 12.3: ten steps are nearest."""
+    clock, asked = [0.0], []
+
+    class Plain:
+        place = "cpu"
+
+        def condition(self, prompts: object) -> dict[str, object]:
+            return {}
+
+        def plain(self, setting: MediaSetting, num_steps: int, eta: float) -> TakesSeconds:
+            asked.append(num_steps)
+            return TakesSeconds(num_steps + 2.0, clock)
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    setting = MediaSetting(50, 1.0, rounds={"x": 9.0}, shares={"x": guess})
+    method, models, other = EqualSeconds("e", "x"), Plain(), TakesSeconds(12.3, clock)
+    found = equal_seconds(method, other, models, setting, [0, 1], 0, 1)  # type: ignore[arg-type]
+    assert method.num_steps(found) == pytest.approx(10, abs=1) and asked[0] == 50 * guess
+    assert other.runs == 3 * len(asked) <= 9 and setting.shares == {"x": guess}
+
+
+def test_rows_whose_seconds_are_not_equal_are_marked() -> None:
+    shown = [over_equal_seconds({"seconds_ratio": ratio}) for ratio in (0.9, 1.1, 1.11, 0.78, None)]
+    assert shown == ["0.90x", "1.10x", "1.11x (unequal)", "0.78x (unequal)", ""]
+    assert over_equal_seconds({}) == ""  # of older files
 
 
 def test_the_calls_of_a_guided_refinement_are_counted_once(models: Path) -> None:

@@ -9,12 +9,11 @@ Reading order: `prompts` (what is decoded), `pair` (the models), `methods` (who 
 of drafters, with task metrics), `masked_prompts`, `masked_methods`, `masked_study`, `masked_rows`,
 `masked_scores` and `pareto` (the table of fillings: masked diffusion, quality against calls),
 `step_study` (a step of both its models),
-`media_methods`, `media_unverified`, `media_counts`, `media_curves`, `media_solving`, `media_study`,
-`media_rows` and `media_records` (the tables of media: drafts that keep a law, refinements and
-students that keep none, solvers that miss a solution), `rows` (the results file), `tables`,
-`media_cells`, `plots`, `masked_plots`, `media_plots` and `readme` (what is made of it), `command`
-(the command line).  `sweep` trains what
-`distillation` compares.
+`media_methods`, `media_unverified`, `media_counts`, `media_seconds`, `media_curves`,
+`media_solving`, `media_study`, `media_rows` and `media_records` (the tables of media: drafts that
+keep a law, refinements and students that keep none, solvers that miss a solution), `rows` (the
+results file), `tables`, `media_cells`, `plots`, `masked_plots`, `media_plots` and `readme` (what is
+made of it), `command` (the command line).  `sweep` trains what `distillation` compares.
 """
 
 from specstream.benchmark.distillation import DistillationStudy

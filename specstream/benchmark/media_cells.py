@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+EQUAL = (0.9, 1.1)  # seconds that are called equal
+
 
 def known_seconds_as_ms(key: str) -> Callable[[dict[str, Any]], str]:
     """Return a cell of seconds in milliseconds, empty where they were not taken."""
@@ -14,3 +16,11 @@ def known_seconds_as_ms(key: str) -> Callable[[dict[str, Any]], str]:
 def known_batch(row: dict[str, Any]) -> str:
     """Say in the title of a table of solvers how many samples were timed together."""
     return f"; batch {row['batch_size']}" if row.get("batch_size") else ""
+
+
+def over_equal_seconds(row: dict[str, Any]) -> str:
+    """Return the seconds over those that a row was to take, and say where they came out unequal."""
+    ratio = row.get("seconds_ratio")
+    if ratio is None:
+        return ""
+    return f"{ratio:.2f}x" if EQUAL[0] <= ratio <= EQUAL[1] else f"{ratio:.2f}x (unequal)"

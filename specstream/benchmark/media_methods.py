@@ -44,7 +44,8 @@ class MediaSetting:
         batch_size: samples drawn together.
         rounds: of a sample, by the names of the methods that were counted before; of a student that
             samples alone its own calls.
-        shares: of the plain sampler's seconds, by the same names.
+        shares: of the plain sampler's seconds, by the same names: its steps that take as long over
+            all of them.
     """
 
     num_steps: int
@@ -259,8 +260,8 @@ class EqualRounds(SamplingMethod):
 class EqualSeconds(EqualRounds):
     """The target alone with as many steps as fit into the other method's seconds.
 
-    Seconds are those in which the samples of both were drawn, in batches; options as for
-    `EqualRounds`.  The timed columns say how equal they are.
+    Seconds are those of a batch, of both in turns; options as for `EqualRounds`.  The row says how
+    equal they are when all methods are timed.
     """
 
     kind = "equal seconds"

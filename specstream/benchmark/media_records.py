@@ -68,7 +68,8 @@ class MediaRow:
     `acceptance` is the share of drafted steps that stand, of a refinement that of the parts that
     are kept; `alphas` is the acceptance by place in the window, given that all before it stood.
     `bytes_ratio` is over the layers that became int8: their bytes as they are held, scales
-    included, over those of bfloat16; None where none did.
+    included, over those of bfloat16; None where none did.  `seconds_ratio` is of the plain target
+    that is to take as many seconds as another method: its own in a batch over that one's.
     """
 
     study: str = "media"
@@ -91,6 +92,7 @@ class MediaRow:
     acceptance: float | None
     alphas: list[float]
     bytes_ratio: float | None
+    seconds_ratio: float | None = None
     machine: Machine
 
 

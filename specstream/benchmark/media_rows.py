@@ -10,7 +10,13 @@ from torch import Tensor
 
 from specstream.benchmark.media_counts import draft_passes, target_rounds
 from specstream.benchmark.media_curves import CurvePoint
-from specstream.benchmark.media_methods import DraftedSteps, MediaSetting, SamplingMethod
+from specstream.benchmark.media_methods import (
+    DraftedSteps,
+    EqualSeconds,
+    MediaModels,
+    MediaSetting,
+    SamplingMethod,
+)
 from specstream.benchmark.media_records import (
     MediaRow,
     PlainRatio,
@@ -40,6 +46,7 @@ class Drawn:
     """What one method drew, and what it counted."""
 
     method: SamplingMethod
+    setting: MediaSetting  # with what the methods before took
     pipeline: DenoisingSampler
     samples: Tensor  # (n, *S)
     stats: Stats
@@ -88,13 +95,14 @@ class Timed:
 
 
 def draw(
-    method: SamplingMethod, pipeline: DenoisingSampler, condition: dict[str, Tensor], *, seed: int,
-    num_samples: int,
+    method: SamplingMethod, models: MediaModels, setting: MediaSetting,
+    condition: dict[str, Tensor], *, seed: int, num_samples: int,
 ) -> Drawn:  # fmt: skip
     """Draw the samples of a method."""
+    pipeline = method.pipeline(models, setting)
     samples = pipeline.complete(num_samples, condition, seed=seed)
     counts = target_rounds(pipeline), draft_passes(pipeline)
-    return Drawn(method, pipeline, samples, replace(pipeline.stats), *counts)
+    return Drawn(method, setting, pipeline, samples, replace(pipeline.stats), *counts)
 
 
 @dataclass(frozen=True)
@@ -117,8 +125,17 @@ class MediaRowMaker:
     def rows(self, drawn: Sequence[Drawn], timed: Sequence[Timed]) -> list[MediaRow]:
         """Return a row for each method; the first is the reference of all."""
         reference = drawn[0], timed[0]
-        pairs = zip(drawn, timed, strict=True)
-        return [self._row(each, took, *reference) for each, took in pairs]
+        seconds = {
+            each.method.name: took.seconds_in_batch for each, took in zip(drawn, timed, strict=True)
+        }
+        rows = []
+        for each, took in zip(drawn, timed, strict=True):
+            row = self._row(each, took, *reference)
+            if isinstance(each.method, EqualSeconds):
+                ratio = took.seconds_in_batch / seconds[each.method.method]
+                row = replace(row, seconds_ratio=ratio)
+            rows.append(row)
+        return rows
 
     def _row(self, each: Drawn, took: Timed, plain: Drawn, plain_took: Timed) -> MediaRow:
         stats = each.stats

@@ -19,6 +19,7 @@ from torch import Tensor
 from specstream.benchmark.media_curves import SolverCurve
 from specstream.benchmark.media_methods import (
     EqualRounds,
+    EqualSeconds,
     MediaModels,
     MediaSetting,
     PlainSteps,
@@ -27,6 +28,7 @@ from specstream.benchmark.media_methods import (
 )
 from specstream.benchmark.media_records import SolverRow
 from specstream.benchmark.media_rows import Drawn, MediaRowMaker, SolverRowMaker, Timed, draw
+from specstream.benchmark.media_seconds import equal_seconds
 from specstream.benchmark.media_solving import SolverTable
 from specstream.benchmark.rows import Machine, Row, describe_machine
 from specstream.benchmark.study import Asked, Study, check_names, say
@@ -271,17 +273,19 @@ class MediaStudy(Study):
             if reason is not None:
                 say(f"left out of {task.name}, {setting.label}: {reason}")
                 continue
-            pipeline = method.pipeline(models, known)
-            if not drawn:  # what runs first is slow, and other seconds are shares of this one's
-                few = models.condition(models.prompts(setting.batch_size, seed))
-                pipeline.complete(setting.batch_size, few, seed=seed)
-            found = draw(method, pipeline, condition, seed=seed, num_samples=task.num_samples)
+            if isinstance(method, EqualSeconds):
+                other = next(each for each in drawn if each.method.name == method.method)
+                few = models.prompts(setting.batch_size, self.seed)
+                known = equal_seconds(
+                    method, other.pipeline, models, known, few, self.seed, self.repeats
+                )
+            found = draw(method, models, known, condition, seed=seed, num_samples=task.num_samples)
             say(f"  {method.name}: {found.rounds:.2f} rounds")
             drawn.append(found)
         return drawn
 
     def _known(self, setting: MediaSetting, drawn: Sequence[Drawn]) -> MediaSetting:
-        """Return the setting with what the methods before took."""
+        """Return the setting with what the methods before took; their seconds are a first guess."""
         return replace(
             setting,
             rounds={each.method.name: each.calls for each in drawn},
@@ -296,9 +300,9 @@ class MediaStudy(Study):
         batch = [[number] for number in models.prompts(setting.batch_size, self.seed)]
         single = [[number] for number in range(len(prompts))]
         place = models.place
-        known = self._known(setting, drawn).alone()
+        apart = [each.method.pipeline(models, each.setting.alone()) for each in drawn]
         alone, whole = alternate(
-            [SamplingRunner(models, each.method.pipeline(models, known)) for each in drawn],
+            [SamplingRunner(models, pipeline) for pipeline in apart],
             Plan(prompts, single, self.repeats, 1, self.seed, place),
         )
         in_batch, rest = alternate(

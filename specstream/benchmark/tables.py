@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from specstream.benchmark.media_cells import known_batch, known_seconds_as_ms
+from specstream.benchmark.media_cells import known_batch, known_seconds_as_ms, over_equal_seconds
 from specstream.models.quantization import IN_INT8
 
 JsonRow = dict[str, Any]
@@ -291,6 +291,7 @@ MEDIA = [
     Column("speedup", versus("speedup_alone")),
     Column("ms in batch", seconds_as_ms("seconds_in_batch")),
     Column("in batch", times("speedup_in_batch")),
+    Column("over equal seconds", over_equal_seconds),
     Column("distance to data", with_noise("data_distance", "data_noise")),
     Column("to plain samples", with_noise("plain_distance", "plain_noise")),
     Column("p", number("plain_p_value", ".3f")),
