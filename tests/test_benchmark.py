@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from specstream.benchmark import Speculative
+from specstream.benchmark.cells import markdown
 from specstream.benchmark.command import main
-from specstream.benchmark.tables import make_tables, markdown
+from specstream.benchmark.tables import make_tables
 from specstream.data.tokenizer import train_tokenizer
 from specstream.drafters import DraftModel
 from specstream.drafters.loading import save_drafter

@@ -26,6 +26,7 @@ from specstream.benchmark.command import main
 from specstream.benchmark.masked_judge import CausalJudge
 from specstream.benchmark.pareto import Point, fewest_steps, front, lies_above
 from specstream.benchmark.readme import render
+from specstream.benchmark.results_page import read_results, render_page
 from specstream.data import Countdown, Sudoku, TextDataModule
 from specstream.data.planning import COUNTDOWN_PROMPT, solved
 from specstream.data.tokenizer import load_tokenizer, train_character_tokenizer
@@ -200,9 +201,13 @@ def test_every_way_to_fill_gets_a_row_of_quality_and_costs(
         assert row["seconds_interval"][0] <= row["seconds"] <= row["seconds_interval"][1]
         assert row["judge_nll"] is None and row["entropy"] >= 0
     assert (results / "toy-pareto.png").is_file()
-    section = render(results, configs, tmp_path)
-    assert "| method | solved | better than all steps | calls | full passes |" in section
-    assert f"| {best['method']} (best plain) |" in section and "toy-pareto.png" in section
+    files = read_results(results)
+    page = render_page(files, "README.md")
+    assert "| method | solved | better than all steps | calls | full passes |" in page
+    assert f"| {best['method']} (best plain) |" in page and "(toy-pareto.png)" in page
+    section = render(files, configs, tmp_path)
+    for name in ("nested", "pair", "alone", "self"):
+        assert f"| {best['method']}: {best['target_calls']:.2f} | {name} | " in section
 
 
 def test_calls_are_those_of_the_pipelines(

@@ -18,10 +18,12 @@ from specstream.benchmark import (
     PlainSteps,
     TrainedDraft,
 )
+from specstream.benchmark.cells import markdown
 from specstream.benchmark.command import main
 from specstream.benchmark.media_methods import MediaModels, MediaSetting
 from specstream.benchmark.readme import render
-from specstream.benchmark.tables import make_tables, markdown
+from specstream.benchmark.results_page import read_results, render_page
+from specstream.benchmark.tables import make_tables
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import CostModelLength
 from specstream.generation.media_loading import SamplerOptions, load_media_run
@@ -97,10 +99,14 @@ def test_every_way_to_draw_gets_a_row_of_costs_and_laws(
         assert 0 < row["plain_p_value"] <= 1 and row["temporal_consistency"] > 0
         assert min(row["seconds_alone"], row["seconds_in_batch"]) > 0
     assert (results / "toy-rounds.png").is_file() and (results / "toy-alpha.png").is_file()
-    section = render(results, configs, tmp_path)
-    assert f"**toy, {STEPS} steps, eta 1 ({SAMPLES} samples, " in section
-    assert "| method | steps | eta | rounds | fewer rounds |" in section
-    assert "toy-rounds.png" in section
+    files = read_results(results)
+    page = render_page(files, "README.md")
+    assert f"**toy, {STEPS} steps, eta 1 ({SAMPLES} samples, " in page
+    assert "| method | steps | eta | rounds | fewer rounds |" in page
+    assert "(toy-rounds.png)" in page
+    few = min((row for row in rows if "draft" in row["kind"]), key=lambda row: row["rounds"])
+    said = f"| toy, {STEPS} steps, eta 1 | {few['method']} | exact law | {few['rounds']:.2f} ("
+    assert said in render(files, configs, tmp_path)
 
 
 def test_a_row_says_what_became_int8_and_of_which_law_it_is(

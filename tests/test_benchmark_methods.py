@@ -15,11 +15,13 @@ import yaml
 from torch import nn
 
 from specstream.benchmark import Drafted, DrafterStudy, JudgedTask, QuestionFile
+from specstream.benchmark.cells import markdown
 from specstream.benchmark.command import main, make_parser
 from specstream.benchmark.parameters import extra_parameters
 from specstream.benchmark.readme import render
+from specstream.benchmark.results_page import read_results, render_page
 from specstream.benchmark.runners import Runner
-from specstream.benchmark.tables import make_tables, markdown
+from specstream.benchmark.tables import make_tables
 from specstream.benchmark.timing import Measured, Plan, warm_up
 from specstream.data.tokenizer import train_tokenizer
 from specstream.drafters import DraftModel, PromptLookup
@@ -309,11 +311,15 @@ def test_the_report_shows_the_table(
     results, configs = tmp_path / "docs/results", tmp_path / "configs"
     configs.mkdir()
     measure(write_study(models, tmp_path, [LOOKUP]), results / "toy.json", capsys)
-    section = render(results, configs, tmp_path)
-    assert f"**toy (greedy; {QUESTIONS} prompts, {TOKENS} new tokens at most)**" in section
-    assert "| method | speedup | call reduction | exact match | extra parameters |" in section
-    assert "| lookup |" in section and "| 50.00 | 0 |" in section and "| 100% |" in section
-    assert "toy-speedup.png" in section
+    files = read_results(results)
+    page = render_page(files, "README.md")
+    assert f"**toy (greedy; {QUESTIONS} prompts, {TOKENS} new tokens at most)**" in page
+    assert "| method | speedup | call reduction | exact match | extra parameters |" in page
+    assert "| lookup |" in page and "| 50.00 | 0 |" in page and "| 100% |" in page
+    assert "(toy-speedup.png)" in page
+    section = render(files, configs, tmp_path)
+    assert "| lookup | exact law |" in section and "exact match 50.00 (50.00)" in section
+    assert "(docs/results/toy-speedup.png)" in section
 
 
 def test_questions_of_equal_prompts_pool_their_references(tmp_path: Path) -> None:

@@ -21,9 +21,8 @@ from specstream.benchmark.command import main, make_parser, measure
 from specstream.benchmark.distillation import Decoded, paired_difference
 from specstream.benchmark.outputs import compare_greedy, repeated_share
 from specstream.benchmark.prompts import gather
-from specstream.benchmark.readme import render, with_section
 from specstream.benchmark.rows import DistillationRow as Line
-from specstream.benchmark.rows import Machine, PairedDifference, Row, as_json, write_rows
+from specstream.benchmark.rows import Machine, PairedDifference, Row
 from specstream.benchmark.runners import Runner
 from specstream.benchmark.sweep import DIVERGENCES, Sweep
 from specstream.benchmark.timing import Measured, Plan, alternate, ratio_interval
@@ -209,42 +208,6 @@ def test_an_interrupt_keeps_finished_rows_and_says_so(
     assert rows == json.loads((tmp_path / "out.json").read_text())
     assert rows[0]["method"] == "CrossEntropy" and rows[0]["hardware"] == MACHINE.hardware
     assert not list(tmp_path.glob(".*"))
-
-
-def test_the_readme_section_is_made_from_results_and_names_what_was_not_measured(
-    tmp_path: Path,
-) -> None:
-    results, configs = tmp_path / "docs/results", tmp_path / "configs/benchmark"
-    configs.mkdir(parents=True)
-    for name in ("done", "gpu"):
-        (configs / f"{name}.yaml").touch()
-    words = "python -m specstream.benchmark --config configs/benchmark/done.yaml"
-    row = line("CrossEntropy")
-    rows = json.loads(as_json([row]))
-    write_rows(results / "done.json", [row])
-    (results / "done.json").write_text(json.dumps([rows[0] | {"command": words}]))
-    section = render(results, configs, tmp_path)
-    assert "| CrossEntropy | 1 | 2.000 |" in section and words in section
-    assert "| `configs/benchmark/gpu.yaml` | not measured |" in section
-    assert "done.yaml` | not measured" not in section
-    text = "a\n<!-- results:begin -->\nold\n<!-- results:end -->\nb\n"
-    assert with_section(text, "new") == text.replace("old", "new")
-
-
-def test_a_plot_is_shown_with_the_results_it_was_drawn_from_only(tmp_path: Path) -> None:
-    results, configs = tmp_path / "docs/results", tmp_path / "configs/benchmark"
-    configs.mkdir(parents=True)
-    for name in ("pair", "pair-batches"):
-        write_rows(results / f"{name}.json", [line("CrossEntropy")])
-        (results / f"{name}-speedup.png").touch()
-    section = render(results, configs, tmp_path)
-    assert section.count("![pair-speedup]") == section.count("![pair-batches-speedup]") == 1
-
-
-def test_the_readme_agrees_with_the_committed_results() -> None:
-    readme = (ROOT / "README.md").read_text()
-    section = render(ROOT / "docs/results", ROOT / "configs/benchmark", ROOT)
-    assert with_section(readme, section) == readme, "run python -m specstream.benchmark --report"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from specstream.benchmark.cells import markdown
 from specstream.benchmark.masked_judge import CausalJudge
 from specstream.benchmark.masked_methods import DrafterAlone, Filling, MaskedModels
 from specstream.benchmark.masked_prompts import CanvasQuestion
 from specstream.benchmark.masked_rows import MaskedRowMaker
 from specstream.benchmark.masked_scores import Judged, matched
+from specstream.benchmark.masked_tables import above_plain
 from specstream.benchmark.paired_scores import Scores, difference
 from specstream.benchmark.pareto import Point, lies_above, on_curve
 from specstream.benchmark.rows import MatchedQuality, describe_machine, read_rows
-from specstream.benchmark.tables import above_plain, make_tables, markdown
+from specstream.benchmark.tables import make_tables
 from specstream.benchmark.timing import Measured
 from specstream.drafters import MaskedDraftModel
 from specstream.drafters.loading import save_drafter

@@ -1,7 +1,7 @@
 """The command line of the benchmark.
 
     python -m specstream.benchmark --config configs/benchmark/X.yaml [--overwrite true]
-    python -m specstream.benchmark --report      # docs/results/*.json into the README
+    python -m specstream.benchmark --report      # docs/results/*.json into its page and the README
 
 Tables go to stdout, and its last line is the JSON list of all rows; progress goes to stderr.
 """
@@ -35,8 +35,10 @@ def make_parser() -> OneLineErrors:
     parser.add_argument("--study", type=Study | None, default=None, help="what to measure")
     parser.add_argument("--output", type=str | None, default=None, help="docs/results/NAME.json")
     parser.add_argument("--overwrite", type=bool, default=False, help="replace a results file")
-    parser.add_argument("--report", action="store_true", help="write the README's results")
-    parser.add_argument("--readme", type=str, default="README.md", help="for --report")
+    parser.add_argument(
+        "--report", action="store_true", help="write docs/results/README.md and its summary"
+    )
+    parser.add_argument("--readme", type=str, default="README.md", help="which holds the summary")
     parser.built_class = None
     return parser
 
@@ -68,7 +70,7 @@ def run(arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.report:
         changed = update(Path(parsed.readme), Path(RESULTS), Path(CONFIGS))
-        say(f"{parsed.readme} was {'brought' if changed else 'already'} up to date")
+        say(f"the results pages were {'brought' if changed else 'already'} up to date")
         return 0
     if parsed.study is None:
         raise ConfigError("config error: study: give a --config, configs/benchmark holds examples")

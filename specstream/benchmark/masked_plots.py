@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from specstream.benchmark.cells import JsonRow, Table
+from specstream.benchmark.masked_tables import score, score_name
 from specstream.benchmark.pareto import Point, front
-from specstream.benchmark.tables import JsonRow, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +69,6 @@ def draw_pareto(tables: Sequence[Table]) -> Any:
     for panel in panels:
         _label(panel)
     return figure
-
-
-def score_name(row: JsonRow) -> str:
-    """Name what decides."""
-    return next(iter(row["quality"])).replace("_", " ") if row["quality"] else "minus judge NLL"
-
-
-def score(row: JsonRow) -> float:
-    """Return what decides, higher is better."""
-    return float(next(iter(row["quality"].values())) if row["quality"] else -row["judge_nll"])
 
 
 def _style(row: JsonRow) -> tuple[str, str]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from specstream.benchmark.tables import JsonRow, Table
+from specstream.benchmark.cells import JsonRow, Table
+from specstream.benchmark.media_tables import PLAIN
 
 KINDS = {
     "plain": ("o", "#4c72b0"),
@@ -19,7 +20,6 @@ KINDS = {
     "free draft": ("^", "#55a868"),
     "trained draft": ("D", "#c44e52"),
 }
-PLAIN = ("plain", "equal rounds", "equal seconds")  # the target alone
 OTHER = ("X", "#a67c00")
 
 

@@ -25,13 +25,21 @@ class Point:
 def fewest_steps(plain: Sequence[Point], reference: int, tolerance: float = TOLERANCE) -> int:
     """Return which plain sampler has the fewest calls among those that are as good as full steps.
 
-    Full steps are those samplers with at least the calls of the `reference`, and the best of them
-    counts; as good is not more than `tolerance` worse.  Of equals the better, then the earlier.
+    Of equals the better, then the earlier.
     """
-    full = [point.quality for point in plain if point.cost >= plain[reference].cost]
-    least = max(full) - tolerance - 1e-9  # a hundredth of a share is no float
+    least = least_good(plain, reference, tolerance)
     good = [i for i, point in enumerate(plain) if point.quality >= least]
     return min(good, key=lambda i: (plain[i].cost, -plain[i].quality, i))
+
+
+def least_good(plain: Sequence[Point], reference: int, tolerance: float = TOLERANCE) -> float:
+    """Return the quality from which on something is as good as full steps.
+
+    Full steps are those samplers with at least the calls of the `reference`, and the best of them
+    counts; as good is not more than `tolerance` worse.
+    """
+    full = [point.quality for point in plain if point.cost >= plain[reference].cost]
+    return max(full) - tolerance - 1e-9  # a hundredth of a share is no float
 
 
 def front(points: Sequence[Point]) -> list[Point]:

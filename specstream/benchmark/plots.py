@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from specstream.benchmark.cells import JsonRow, Table
 from specstream.benchmark.masked_plots import draw_pareto
 from specstream.benchmark.media_plots import draw_distances, draw_fidelity
-from specstream.benchmark.tables import JsonRow, Table, make_tables, method
+from specstream.benchmark.tables import make_tables
+from specstream.benchmark.text_tables import method
 
 
 def write_plots(results: Path, rows: Sequence[JsonRow]) -> list[Path]:

@@ -1,50 +1,90 @@
-"""The README's results, made from docs/results/*.json and from nothing else."""
+"""The README's results, a summary of docs/results/*.json, and the page of all of them there."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from os.path import relpath
 from pathlib import Path
 
-from specstream.benchmark.rows import read_rows
-from specstream.benchmark.tables import JsonRow, make_tables, markdown
+from specstream.benchmark.cells import Column, JsonRow, Summary, markdown, with_content
+from specstream.benchmark.results_page import (
+    PAGE,
+    ResultsFile,
+    read_results,
+    render_page,
+    short_title,
+)
+from specstream.benchmark.tables import STUDY_TABLES, make_lines
 from specstream.files import write_whole
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
-def render(results: Path, configs: Path, root: Path) -> str:
-    """Return the section: every results file, then the configs that were not measured."""
-    files = [(path, read_rows(path)) for path in sorted(results.glob("*.json"))]
-    parts = [_render_file(path, rows, root) for path, rows in files]
-    commands = [str(row["command"]).split() for _, rows in files for row in rows]
+def render(files: Sequence[ResultsFile], configs: Path, root: Path) -> str:
+    """Return the section: what stands out in every results file, and what was not measured."""
+    parts = [_where_measured(files)] if files else []
+    for summary in dict.fromkeys(shown.summary for shown in STUDY_TABLES.values()):
+        parts += [] if summary is None else _render_summary(summary, files, root)
+    parts += _other_tables(files, root)
     names = [path.relative_to(root).as_posix() for path in sorted(configs.glob("*.yaml"))]
-    missing = [name for name in names if not any(name in words for words in commands)]
+    commands = [words for file in files for words in file.commands]
+    missing = [f"`{name}`" for name in names if not any(name in words for words in commands)]
     if missing:
-        lines = [f"| `{name}` | not measured |" for name in missing]
-        parts.append("\n".join(["| benchmark | result |", "| --- | --- |", *lines]))
+        parts.append(f"Not measured: {', '.join(missing)}.")
     return "\n\n".join(parts)
 
 
-def _render_file(path: Path, rows: list[JsonRow], root: Path) -> str:
-    first = rows[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    commit = str(first["git_commit"] or "unknown")[:7]
-    parts = [
-        f"### {path.stem}",
-        f"{first['hardware']}, {first['threads']} threads, {first['dtype']}; {versions}; commit "
-        f"{commit}. Command: `{first['command']}`. All numbers: "
-        f"[{path.name}]({path.relative_to(root).as_posix()}).",
-    ]
-    for table in make_tables(rows):
-        parts += [f"**{table.title}**", markdown(table)]
-    parts += [f"![{p.stem}]({p.relative_to(root).as_posix()})" for p in _plots_of(path)]
-    return "\n\n".join(parts)
+def _where_measured(files: Sequence[ResultsFile]) -> str:
+    machines = sorted({row["hardware"] for file in files for row in file.rows})
+    return (
+        f"Measured on {'; '.join(machines)}. In brackets behind a speedup is its 95 % interval; "
+        "below 1.00x drafting is slower than plain."
+    )
 
 
-def _plots_of(path: Path) -> list[Path]:
-    """Return a results file's plots; those of files whose names go on from its own are theirs."""
-    others = tuple(f"{other.stem}-" for other in path.parent.glob(f"{path.stem}-*.json"))
-    plots = sorted(path.parent.glob(f"{path.stem}-*.png"))
-    return [plot for plot in plots if not plot.name.startswith(others)]
+def _render_summary(summary: Summary, files: Sequence[ResultsFile], root: Path) -> list[str]:
+    """Return a title, the lines of all studies that the summary is of, its rule and a plot."""
+    found: list[JsonRow] = []
+    sizes: dict[Path, int] = {}
+    for file in files:
+        for table, lines in make_lines(file.rows):
+            if lines and STUDY_TABLES[table.rows[0]["study"]].summary is summary:
+                found += [line.with_link(_link(file, root)) for line in lines]
+                for plot in filter(partial(_shows, summary), file.plots()):
+                    sizes[plot] = max(len(table.rows), sizes.get(plot, 0))
+    if not found:
+        return []
+    columns = [Column("results", lambda row: str(row["link"])), *summary.columns]
+    parts = [f"**{summary.title}**", markdown(with_content("", columns, found)), summary.rule]
+    if sizes:
+        plot = max(sizes, key=lambda path: sizes[path])  # the one that compares most methods
+        parts.append(f"![{plot.stem}]({plot.relative_to(root).as_posix()})")
+    return parts
+
+
+def _shows(summary: Summary, plot: Path) -> bool:
+    return summary.picture is not None and plot.stem.endswith(f"-{summary.picture}")
+
+
+def _other_tables(files: Sequence[ResultsFile], root: Path) -> list[str]:
+    """Name the page of everything, and its tables without a line here."""
+    if not files:
+        return []
+    page = files[0].path.with_name(PAGE).relative_to(root).as_posix()
+    others = []
+    for file in files:
+        names = [short_title(table) for table, lines in make_lines(file.rows) if not lines]
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        others += [f"{_link(file, root)} ({'; '.join(names[:2])}{more})"] if names else []
+    there = f" Only there: {', '.join(others)}." if others else ""
+    return [f"**[All tables and pictures]({page})**, with the commands that measured them.{there}"]
+
+
+def _link(file: ResultsFile, root: Path) -> str:
+    """Return a link to a file's tables on the page."""
+    page = file.path.with_name(PAGE).relative_to(root).as_posix()
+    return f"[{file.name}]({page}#{file.name})"
 
 
 def with_section(text: str, section: str) -> str:
@@ -58,9 +98,14 @@ def with_section(text: str, section: str) -> str:
 
 
 def update(readme: Path, results: Path, configs: Path) -> bool:
-    """Write the README's results; returns whether they were out of date."""
-    old = readme.read_text()
-    new = with_section(old, render(results, configs, readme.parent))
-    if new != old:
-        write_whole(readme, new)
-    return new != old
+    """Write the README's results and the page of all; returns whether either was out of date."""
+    files = read_results(results)
+    section = render(files, configs, readme.parent)
+    wanted = {readme: with_section(readme.read_text(), section)}
+    home = Path(relpath(readme, results)).as_posix()
+    wanted[results / PAGE] = render_page(files, home)
+    old = {path: path.read_text() if path.exists() else None for path in wanted}
+    for path, text in wanted.items():
+        if text != old[path]:
+            write_whole(path, text)
+    return wanted != old
