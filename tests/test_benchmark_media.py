@@ -29,7 +29,7 @@ from specstream.generation.lengths import CostModelLength
 from specstream.generation.media_loading import SamplerOptions, load_media_run
 from specstream.generation.solvers import AdamsBashforth2, SolverPipeline
 from specstream.media_processor import MediaProcessor
-from specstream.metrics import energy_distance, psnr
+from specstream.metrics import energy_distance, feature_distances, psnr
 from specstream.models import Denoiser, FlowSchedule, PatchTransformer
 from specstream.models.denoiser import load_denoiser
 from tests.media_toys import (
@@ -163,6 +163,9 @@ def test_a_row_is_of_what_the_pipeline_drew(
         assert row["plain_distance"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
         expected = energy_distance(own, data)
         assert row["data_distance"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        features = feature_distances(own, data)
+        assert row["kernel_distance"] == pytest.approx(features.kernel, rel=1e-3, abs=1e-6)
+        assert row["kernel_spread"] == pytest.approx(features.kernel_spread, rel=1e-3) != 0
 
 
 def test_classes_are_drawn_alike_and_independently_of_one_another(models: Path) -> None:
@@ -287,6 +290,8 @@ def test_options_are_checked_where_they_are_given(tmp_path: Path) -> None:
     gone = MediaTask("gone", str(tmp_path / "gone"), Flickers())
     with pytest.raises(ValueError, match="must be at least 1"):
         MediaStudy([gone], [PlainSteps()], repeats=0).check()
+    with pytest.raises(ValueError, match=r"'no' is no folder of one \(skip_missing: true"):
+        MediaStudy([gone], [PlainSteps()], clip_model="no").check()
     with pytest.raises(ValueError, match="no task is left"):
         MediaStudy([gone], [], skip_missing=True).check()
 

@@ -24,3 +24,10 @@ def over_equal_seconds(row: dict[str, Any]) -> str:
     if ratio is None:
         return ""
     return f"{ratio:.2f}x" if EQUAL[0] <= ratio <= EQUAL[1] else f"{ratio:.2f}x (unequal)"
+
+
+def kernel_distance(row: dict[str, Any]) -> str:
+    """Return a KID with its deviation over subsets, in thousandths."""
+    if row.get("kernel_distance") is None:
+        return ""
+    return f"{1000 * row['kernel_distance']:+.2f} (spread {1000 * row['kernel_spread']:.2f})"

@@ -92,6 +92,11 @@ class MediaModels:
             return {"text": self.texts[numbers]}
         return {"classes": numbers} if self.processor.classes else {}
 
+    def names(self, prompts: Sequence[int]) -> list[str]:
+        """Return the names of the classes of prompts; of a model without classes nothing."""
+        classes = self.processor.classes
+        return [classes[number] for number in prompts] if classes else []
+
     def prompts(self, num_samples: int, seed: int) -> list[int]:
         """Return a prompt for each sample, each as likely as any other.
 

@@ -34,7 +34,9 @@ class SampleLaw:
     Energy distances, unbiased: below 0 where nothing tells the two apart.  `noise` is their
     standard deviation over random divisions of the samples of both.  The plain samples are of an
     independent run, so that the plain sampler's own row says what no difference looks like, and
-    `plain_p_value` is that of the permutation test.
+    `plain_p_value` is that of the permutation test.  `kernel_distance` is the unbiased KID to
+    held-out data in random features, and `kernel_spread` its deviation over subsets.  What older
+    files do not say, and what has no meaning for a state, is None.
     """
 
     data_distance: float
@@ -44,6 +46,9 @@ class SampleLaw:
     plain_p_value: float
     temporal_consistency: float | None  # of videos: change a frame over that of the data
     spectrum_distance: float | None  # of spectrograms: dB between average spectra
+    kernel_distance: float | None = None
+    kernel_spread: float | None = None
+    clip_score: float | None = None  # of pictures and the names of their classes, 0 to 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +106,8 @@ class SolverRow:
     """One solver of the deterministic sampler: its rounds, and how near it comes to the solution.
 
     `psnr` is in dB, to the samples of `reference_steps` Euler steps from the same noise; None where
-    they are equal.  `data_distance` is the energy distance to held-out data.  `draft_passes` are as
+    they are equal.  `ssim` and `lpips` are to the same samples, of pictures and videos that are
+    large enough.  `data_distance` is the energy distance to held-out data.  `draft_passes` are as
     in `SamplingCosts`: those of a step cache are the target's first block, which is no round.
     Seconds are of a sample in a batch of `batch_size`, one pass of every row in turns.  What older
     files do not say is None.
@@ -120,6 +126,8 @@ class SolverRow:
     target_rows: float
     psnr: float | None
     data_distance: float
+    ssim: float | None = None
+    lpips: float | None = None
     draft_passes: float | None = None
     seconds_in_batch: float | None = None
     batch_size: int | None = None

@@ -17,6 +17,12 @@ from specstream.benchmark.media_methods import (
     MediaSetting,
     SamplingMethod,
 )
+from specstream.benchmark.media_quality import (
+    perceptual_distance,
+    prompt_score,
+    random_feature_distances,
+    structural_similarity,
+)
 from specstream.benchmark.media_records import (
     MediaRow,
     PlainRatio,
@@ -110,7 +116,9 @@ class MediaRowMaker:
     """Turns the samples and the seconds of one task under one setting into rows.
 
     `plain` (n, *S) are samples of the reference from other noise than that of the methods;
-    `spectrogram` is how sounds became states, None for others.
+    `spectrogram` is how sounds became states, None for others.  `kind` is that of the media,
+    `texts` (n,) the names of what the methods' samples are of, empty where they have none, and
+    `clip_model` the folder of a CLIP model that compares pictures with them.
     """
 
     task: str
@@ -121,6 +129,9 @@ class MediaRowMaker:
     num_permutations: int
     spectrogram: LogMel | None
     machine: Machine
+    kind: str = "image"
+    texts: Sequence[str] = ()
+    clip_model: str | None = None
 
     def rows(self, drawn: Sequence[Drawn], timed: Sequence[Timed]) -> list[MediaRow]:
         """Return a row for each method; the first is the reference of all."""
@@ -182,6 +193,7 @@ class MediaRowMaker:
         """Compare the law of samples (n, *S) with that of the data and the plain sampler's."""
         to_data = energy_test(samples, self.held_out, self.num_permutations)
         to_plain = energy_test(samples, self.plain, self.num_permutations)
+        features = random_feature_distances(samples, self.held_out)
         is_video = samples.dim() == VIDEO_AXES and samples.shape[2] > 1
         return SampleLaw(
             data_distance=to_data.distance,
@@ -197,18 +209,22 @@ class MediaRowMaker:
                 if self.spectrogram is None
                 else average_spectrum_distance(samples, self.held_out, self.spectrogram.decibels)
             ),
+            kernel_distance=None if features is None else features.kernel,
+            kernel_spread=None if features is None else features.kernel_spread,
+            clip_score=prompt_score(self.kind, samples, self.texts, self.clip_model),
         )
 
 
 @dataclass(frozen=True)
 class SolverRowMaker:
-    """Turns samples into rows; `solution` (n, *S) is what the deterministic ones miss."""
+    """Turns samples of one kind into rows; `solution` (n, *S) is what the deterministic miss."""
 
     task: str
     target: str
     held_out: Tensor  # (m, *S)
     solution: Tensor
     reference_steps: int
+    kind: str
     machine: Machine
 
     def row(self, curve: str, point: CurvePoint, samples: Tensor) -> SolverRow:
@@ -228,6 +244,8 @@ class SolverRowMaker:
             target_rows=stats.target_rows / stats.prompts,
             psnr=decibels if np.isfinite(decibels) else None,
             data_distance=energy_distance(samples, self.held_out),
+            ssim=structural_similarity(self.kind, samples, self.solution),
+            lpips=perceptual_distance(self.kind, samples, self.solution),
             draft_passes=draft_passes(point.pipeline),
             machine=self.machine,
         )

@@ -37,6 +37,7 @@ from specstream.data import MediaDataModule
 from specstream.data.media_sources import MediaSource, Samples
 from specstream.generation.loading import find_device
 from specstream.generation.solvers import SolverPipeline
+from specstream.metrics import missing_clip
 from specstream.models.denoiser import FORM
 
 
@@ -143,6 +144,8 @@ class MediaStudy(Study):
         skip_missing: leave out tasks and methods whose files are not there, saying so.
         seed: of the draws.
         device: auto, cpu, cuda or cuda:N.
+        clip_model: folder of a CLIP model of `transformers`, which says how well pictures show
+            their classes; null: no such column.
     """
 
     tasks: list[MediaTask]
@@ -158,6 +161,7 @@ class MediaStudy(Study):
     skip_missing: bool = False
     seed: int = 0
     device: str = "auto"
+    clip_model: str | None = None
 
     def check(self) -> None:
         steps = (self.solver_steps, self.reference_steps)
@@ -166,6 +170,7 @@ class MediaStudy(Study):
                 "num_permutations, timed_samples, repeats, solver_steps and reference_steps must "
                 "be at least 1"
             )
+        self._leave_out(None if self.clip_model is None else missing_clip(self.clip_model))
         asked: list[Asked] = [*self.methods, *self.solvers]
         check_names(self.tasks, asked, self.only_tasks, self.only_methods)
         for task in self._asked_tasks:
@@ -257,7 +262,8 @@ class MediaStudy(Study):
         other = plain.complete(task.num_samples, classes, seed=self.seed)  # from other noise
         maker = MediaRowMaker(
             task.name, task.target, setting, held_out, other, self.num_permutations,
-            models.processor.spectrogram, machine,
+            models.processor.spectrogram, machine, models.processor.kind,
+            models.names(models.prompts(task.num_samples, self.seed + 1)), self.clip_model,
         )  # fmt: skip
         return list(maker.rows(drawn, timed)), complete
 
@@ -330,6 +336,7 @@ class MediaStudy(Study):
         say(f"{task.name}: {len(prompts)} samples in {self.reference_steps} steps")
         solution = exact.complete(len(prompts), models.condition(prompts), seed=self.seed)
         maker = SolverRowMaker(
-            task.name, task.target, held_out, solution, self.reference_steps, machine
-        )
+            task.name, task.target, held_out, solution, self.reference_steps,
+            models.processor.kind, machine,
+        )  # fmt: skip
         return SolverTable(models, setting, prompts, self.seed, maker).rows(curves)

@@ -19,7 +19,12 @@ from specstream.benchmark.cells import (
     weaker_guarantee,
     with_content,
 )
-from specstream.benchmark.media_cells import known_batch, known_seconds_as_ms, over_equal_seconds
+from specstream.benchmark.media_cells import (
+    kernel_distance,
+    known_batch,
+    known_seconds_as_ms,
+    over_equal_seconds,
+)
 from specstream.models.quantization import IN_INT8
 
 PLAIN = ("plain", "equal rounds", "equal seconds")  # the target alone
@@ -55,6 +60,8 @@ SAMPLER_COLUMNS = [
     Column("distance to data", with_noise("data_distance", "data_noise")),
     Column("to plain samples", with_noise("plain_distance", "plain_noise")),
     Column("p", number("plain_p_value", ".3f")),
+    Column("random-feature KID x 1000", kernel_distance),
+    Column("CLIP score", number("clip_score", ".1f")),
     Column("int8 / bf16 bytes", number("bytes_ratio", ".3f")),
     Column("frame change", number("temporal_consistency", ".2f")),
     Column("spectrum, dB", number("spectrum_distance", ".2f")),
@@ -69,6 +76,8 @@ SOLVER_COLUMNS = [
     Column("draft passes", number("draft_passes", ".2f")),
     Column("ms in batch", known_seconds_as_ms("seconds_in_batch")),
     Column("PSNR, dB", number("psnr", ".1f")),
+    Column("SSIM", number("ssim", ".4f")),
+    Column("LPIPS", number("lpips", ".4f")),
     Column("distance to data", number("data_distance", "+.4f")),
     Column("guarantee", weaker_guarantee),
 ]

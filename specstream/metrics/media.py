@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 WIDTH = 2.0  # of the range of states, -1..1
+CHUNK = 64  # samples whose features are computed together
 SMALLEST_SSIM = 11  # pixels along the shorter side: the window of structural similarity
 LPIPS_WEIGHTS = {"alex": "alexnet-*.pth", "vgg": "vgg16-*.pth", "squeeze": "squeezenet1_1-*.pth"}
 
@@ -34,6 +35,7 @@ class FeatureDistances:
     features: str
     frechet: float  # FID (Heusel et al. 2017)
     kernel: float  # KID (Binkowski et al. 2018), unbiased
+    kernel_spread: float  # its standard deviation over random subsets
 
 
 class RandomFeatures(nn.Module):
@@ -93,17 +95,32 @@ def feature_distances(
     if fewest < 4:
         raise ValueError(f"FID and KID need at least 4 samples of each kind, got {fewest}")
     network = RandomFeatures(samples.shape[1], samples.dim() - 2) if features is None else features
+    known = KnownFeatures(int(network.num_features))
     with warnings.catch_warnings():  # KID says that it keeps all features, at every call
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`")
-        kernel = KernelInceptionDistance(network, subsets=20, subset_size=fewest // 2)
-    frechet = FrechetInceptionDistance(network)
+        kernel = KernelInceptionDistance(known, subsets=20, subset_size=fewest // 2)
+    frechet = FrechetInceptionDistance(known)
     with torch.inference_mode(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the subsets, which torchmetrics draws globally
-        for metric in (frechet, kernel):
-            metric.update(data, real=True)
-            metric.update(samples, real=False)
+        for states, is_real in ((data, True), (samples, False)):
+            found = torch.cat([network(part) for part in states.split(CHUNK)])
+            for metric in (frechet, kernel):
+                metric.update(found, real=is_real)
         label = str(getattr(network, "label", type(network).__name__))
-        return FeatureDistances(label, float(frechet.compute()), float(kernel.compute()[0]))
+        mean, spread = kernel.compute()
+        return FeatureDistances(label, float(frechet.compute()), float(mean), float(spread))
+
+
+class KnownFeatures(nn.Identity):
+    """Features that were computed before, once for all metrics.
+
+    Args:
+        num_features: how many a sample has.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
 
 
 def psnr(samples: Tensor, reference: Tensor) -> float:
@@ -166,14 +183,22 @@ def clip_score(images: Tensor, texts: Sequence[str], model: str | Path) -> float
     `model` is a folder of a CLIP model of `transformers`; nothing is downloaded.  Raises ValueError
     where it is not there.
     """
-    if not (Path(model) / "config.json").is_file():
-        raise ValueError(f"the CLIP score needs a CLIP model: '{model}' is no folder of one")
+    reason = missing_clip(model)
+    if reason is not None:
+        raise ValueError(reason)
     from torchmetrics.functional.multimodal import clip_score as score
 
     bytes_ = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     with torch.inference_mode():
         found = score(list(bytes_), list(texts), model_name_or_path=lambda: load_clip(model))
     return float(found)
+
+
+def missing_clip(model: str | Path) -> str | None:
+    """Say what the CLIP score lacks in the folder of its model; None when it is one."""
+    if (Path(model) / "config.json").is_file():
+        return None
+    return f"the CLIP score needs a CLIP model: '{model}' is no folder of one"
 
 
 class ClipFeatures(nn.Module):
@@ -204,18 +229,26 @@ def lpips(samples: Tensor, reference: Tensor, network: str = "alex") -> float:
     `network` is alex, vgg or squeeze; its weights are those in torch's hub folder, none are
     downloaded.  Raises ValueError where they, or torchvision, are not there.
     """
-    from importlib.util import find_spec
-
-    if network not in LPIPS_WEIGHTS:
-        raise ValueError(f"network must be one of {', '.join(LPIPS_WEIGHTS)}, got '{network}'")
-    if find_spec("torchvision") is None:
-        raise ValueError("LPIPS needs the package torchvision, which is not installed")
-    folder = Path(torch.hub.get_dir(), "checkpoints")
-    if not any(folder.glob(LPIPS_WEIGHTS[network])):
-        raise ValueError(f"LPIPS needs {LPIPS_WEIGHTS[network]} in '{folder}': it is not there")
+    reason = missing_lpips(network)
+    if reason is not None:
+        raise ValueError(reason)
     from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 
     metric = LearnedPerceptualImagePatchSimilarity(net_type=network)  # type: ignore[arg-type]
     with torch.inference_mode():
         metric.update(samples.clamp(-1, 1), reference.clamp(-1, 1))
         return float(metric.compute())
+
+
+def missing_lpips(network: str = "alex") -> str | None:
+    """Say what `lpips` needs and is not here; None when all is.  ValueError for other networks."""
+    from importlib.util import find_spec
+
+    if network not in LPIPS_WEIGHTS:
+        raise ValueError(f"network must be one of {', '.join(LPIPS_WEIGHTS)}, got '{network}'")
+    if find_spec("torchvision") is None:
+        return "LPIPS needs the package torchvision, which is not installed"
+    folder = Path(torch.hub.get_dir(), "checkpoints")
+    if not any(folder.glob(LPIPS_WEIGHTS[network])):
+        return f"LPIPS needs {LPIPS_WEIGHTS[network]} in '{folder}': it is not there"
+    return None
