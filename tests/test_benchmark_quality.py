@@ -1,4 +1,4 @@
-"""Measures of media that not every state can be given: what they are of, and when there are none."""
+"""Measures of media that not every state can be given: what they are of, and when none are."""
 
 from __future__ import annotations
 

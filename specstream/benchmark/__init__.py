@@ -13,9 +13,9 @@ of drafters, with task metrics), `masked_prompts`, `masked_methods`, `masked_stu
 `media_solving`, `media_study`, `media_quality`, `media_rows` and `media_records` (the tables of
 media: drafts that keep a law, refinements and students that keep none, solvers that miss a
 solution), `rows` (the results file), `cells`, `text_tables`, `masked_tables`, `media_cells`,
-`media_tables` and `tables` (its tables, and which rows a summary names), `plots`, `masked_plots` and
-`media_plots`, `results_page` (all of it) and `readme` (the summary), `command` (the command line).
-`sweep` trains what `distillation` compares.
+`media_tables` and `tables` (its tables, and which rows a summary names), `plots`, `masked_plots`
+and `media_plots`, `results_page` (all of it) and `readme` (the summary), `command` (the command
+line).  `sweep` trains what `distillation` compares.
 """
 
 from specstream.benchmark.distillation import DistillationStudy
