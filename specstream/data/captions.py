@@ -6,7 +6,7 @@ import lightning as L
 import numpy as np
 import torch
 
-from specstream.data.loader import Batch, BatchRows, RowLoader, place_of
+from specstream.data.loader import Batch, BatchRows, RowLoader, check_loading, place_of
 from specstream.data.media import held_out_place
 from specstream.data.prompts import PromptFile
 
@@ -62,8 +62,7 @@ class CaptionDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        check_loading(batch_size, seed)
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction must be in [0, 1), not {validation_fraction}")
         if (not prompts) == (file is None):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Tensor]
 
+MOST_WORKERS = 256  # processes that make batches: more is a slip of the pen
 FILLING = -1  # stands for a row without a scored token; bucket b has FILLING - b
 
 
@@ -170,6 +171,16 @@ def place_of(trainer: Trainer | None) -> Place:
         return Place()
     own = trainer.strategy.distributed_sampler_kwargs
     return Place(own["rank"], own["num_replicas"])
+
+
+def check_loading(batch_size: int, seed: int, num_workers: int = 0) -> None:
+    """Raise ValueError for numbers that no loader can work with."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, not {seed}")
+    if not 0 <= num_workers <= MOST_WORKERS:
+        raise ValueError(f"num_workers must be in 0..{MOST_WORKERS}, not {num_workers}")
 
 
 class RowLoader:

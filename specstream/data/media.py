@@ -13,7 +13,14 @@ import lightning as L
 import numpy as np
 import torch
 
-from specstream.data.loader import FILLING, Batch, BatchRows, RowLoader, place_of
+from specstream.data.loader import (
+    FILLING,
+    Batch,
+    BatchRows,
+    RowLoader,
+    check_loading,
+    place_of,
+)
 from specstream.data.media_sources import MediaSource, Samples
 from specstream.data.sources import check_limit
 from specstream.media_processor import MediaProcessor
@@ -100,8 +107,7 @@ class MediaDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         check_limit("MediaDataModule", limit)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        check_loading(batch_size, seed, num_workers)
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction must be in [0, 1), not {validation_fraction}")
         if (source is None) == (not sources):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import lightning as L
 
 from specstream.data.cache import build_once, cache_folder, cache_key
-from specstream.data.loader import RowDataset, RowLoader, place_of
+from specstream.data.loader import RowDataset, RowLoader, check_loading, place_of
 from specstream.data.packing import PackedRows
 from specstream.data.preparation import (
     FORMAT_VERSION,
@@ -212,13 +212,12 @@ class TextDataModule(L.LightningDataModule):
 
     def _check_options(self) -> None:
         layout, held_out = self.layout, self.held_out
+        check_loading(self.batch_size, self.seed, self.num_workers)
         if not self.sources:
             raise ValueError("sources is empty: name at least one text source")
         for name, value, least in (
             ("sequence_length", layout.sequence_length, 2),
-            ("batch_size", self.batch_size, 1),
             ("prompt_tokens", layout.prompt_tokens, 1),
-            ("num_workers", self.num_workers, 0),
             ("vocab_size", self.vocab_size, SMALLEST_VOCABULARY),
         ):
             if value < least:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from specstream.data import Digits, MediaDataModule, MediaSource, Samples
+from specstream.data import CaptionDataModule, Digits, MediaDataModule, MediaSource, Samples
 from specstream.data.loader import Batch, Place, RowLoader
 from specstream.data.media import SampleDataset, in_buckets
 from specstream.media_processor import MediaProcessor
@@ -138,3 +138,19 @@ def test_several_sources_are_one_kind() -> None:
 def test_a_bucket_that_no_batch_would_hold_is_refused() -> None:
     with pytest.raises(ValueError, match=r"gives 13 samples of \[1, 2, 2\] or \[1, 4, 2\], fewer"):
         loader(batch_size=14, drop_last=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"seed": -5}, "seed must be at least 0, not -5"),
+        ({"num_workers": -1}, "num_workers must be in 0..256, not -1"),
+        ({"num_workers": 1_000_000}, "num_workers must be in 0..256, not 1000000"),
+    ],
+)
+def test_what_no_loader_can_do_is_refused_before_a_run(options: dict[str, int], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        MediaDataModule(Digits(), **options)
+    if "seed" in options:
+        with pytest.raises(ValueError, match=line):
+            CaptionDataModule(["a"], **options)
