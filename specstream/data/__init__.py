@@ -2,7 +2,8 @@
 
 Reading order: `sources` (what text; more of it in `chat`, `docstrings` and `planning`),
 `encoding` (tokens and mask), `packing` (rows), `preparation` (splits on disk), `loader` (the order
-of batches), `text` (the data module); `media_sources`, `caption_records`, `real_media` and `sounds`
+of batches), `text` (the data module); `media_arrays`, `media_sources`, `caption_records`,
+`real_media` and `sounds`
 for images, videos and sounds, and `media` for batches of them; `captions` for texts that a target
 makes samples of.
 The data modules are imported on first use: sources and prompt files do not need lightning.

@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specstream.files import one_line
+from specstream.data.media_arrays import (
+    check_labels,
+    check_pictures,
+    check_room,
+    check_speed,
+    class_names,
+    read_array,
+)
+from specstream.data.sources import check_limit
 from specstream.media_processor import MediaProcessor
 
 
@@ -52,6 +60,7 @@ class MediaSource(ABC):
 
 
 DIGITS = tuple("0123456789")
+IMAGES = {3: "images are (n, H, W)", 4: "images are (n, H, W, C)"}
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,8 @@ class MovingDigits(MediaSource):
             raise ValueError("num_clips and num_frames must be at least 1")
         if self.size < 8:
             raise ValueError(f"size must be at least 8, a digit's, got {self.size}")
+        check_speed(self.speed, self.size)
+        check_room(self.num_clips, self.num_frames, self.size, self.size)
 
     def samples(self) -> Samples:
         still = Digits().samples()
@@ -130,9 +141,14 @@ class ImageArrays(MediaSource):
     limit: int | None = None
 
     def check(self) -> None:
-        read_array(self.path, self.images)
-        if self.labels is not None:
-            read_array(self.path, self.labels)
+        check_limit(type(self).__name__, self.limit)
+        shape = check_pictures(self.path, self.images, IMAGES)
+        check_labels(self.path, self.labels, shape[0])
+        least = max(shape[1:3])
+        if self.padded_size is not None and self.padded_size < least:
+            raise ValueError(
+                f"padded_size must be at least {least}, the images' size, got {self.padded_size}"
+            )
 
     def samples(self) -> Samples:
         images = torch.from_numpy(
@@ -142,8 +158,6 @@ class ImageArrays(MediaSource):
         states = images / 127.5 - 1
         if self.padded_size is not None:
             missing = [self.padded_size - size for size in states.shape[-2:]]
-            if min(missing) < 0:
-                raise ValueError(f"padded_size {self.padded_size} is less than the images' size")
             (top, bottom), (left, right) = [(m // 2, m - m // 2) for m in missing]
             sides = (left, right, top, bottom)
             states = torch.nn.functional.pad(states, sides, value=-1.0)
@@ -158,23 +172,6 @@ class ImageArrays(MediaSource):
         if self.labels is not None:
             names = class_names(read_array(self.path, self.labels))
         return MediaProcessor("image", enlarge=self.enlarge, classes=names)
-
-
-def read_array(path: str, name: str) -> np.ndarray:
-    """Return an array of an .npz file; ValueError in one line for what is none."""
-    with one_line(f"'{path}' is no .npz file that can be read"):
-        arrays = np.load(path, allow_pickle=False)
-        if isinstance(arrays, np.ndarray):
-            raise ValueError("it holds one array without a name")
-        with arrays:
-            if name in arrays.files:
-                return np.asarray(arrays[name])
-            raise ValueError(f"it has no array '{name}', but {', '.join(arrays.files)}")
-
-
-def class_names(labels: np.ndarray) -> tuple[str, ...]:
-    """Return the names of classes that are numbered, from 0 to the last that occurs."""
-    return tuple(str(number) for number in range(int(labels.max()) + 1))
 
 
 def bounced_corners(

@@ -13,17 +13,27 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from specstream.data.caption_records import CaptionRecords
+from specstream.data.media_arrays import (
+    check_labels,
+    check_pictures,
+    check_room,
+    check_speed,
+    class_names,
+    read_array,
+)
 from specstream.data.media_sources import (
+    IMAGES,
     MediaSource,
     Samples,
     bounced_corners,
-    class_names,
     composed,
-    read_array,
 )
+from specstream.data.sources import check_limit
 from specstream.media_processor import MediaProcessor
 
 AT_ONCE = 256  # pictures that are shrunk together
+GREY_IMAGES = {3: "grey images are (n, H, W)"}
+VIDEOS = {4: "videos are (n, F, H, W)", 5: "videos are (n, F, H, W, C)"}
 
 
 @dataclass(frozen=True)
@@ -61,9 +71,8 @@ class VideoArrays(MediaSource):
     limit: int | None = None
 
     def check(self) -> None:
-        shape = read_array(self.path, self.video).shape
-        if len(shape) not in (4, 5):
-            raise ValueError(f"'{self.path}': videos are (n, F, H, W, C), not {list(shape)}")
+        check_limit(type(self).__name__, self.limit)
+        shape = check_pictures(self.path, self.video, VIDEOS)
         if self.num_frames is not None and not 1 <= self.num_frames <= shape[1]:
             raise ValueError(f"num_frames must be in 1..{shape[1]}, got {self.num_frames}")
         check_size(self.size, min(shape[2:4]))
@@ -131,9 +140,7 @@ class MovingImages(MediaSource):
     enlarge: int = 4
 
     def check(self) -> None:
-        shape = read_array(self.path, self.images).shape
-        if len(shape) != 3:
-            raise ValueError(f"'{self.path}': grey images are (n, H, W), not {list(shape)}")
+        shape = check_pictures(self.path, self.images, GREY_IMAGES)
         for name in ("num_clips", "num_frames", "num_objects"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -141,8 +148,9 @@ class MovingImages(MediaSource):
         largest = self.image_size or max(shape[1:])
         if self.size < largest:
             raise ValueError(f"size must be at least {largest}, an image's, got {self.size}")
-        if self.labels is not None:
-            read_array(self.path, self.labels)
+        check_labels(self.path, self.labels, shape[0])
+        check_speed(self.speed, self.size)
+        check_room(self.num_clips, self.num_frames, self.size, self.size, self.num_objects)
 
     def samples(self) -> Samples:
         stills = read_array(self.path, self.images)
@@ -195,9 +203,7 @@ class CaptionedImages(MediaSource):
     enlarge: int = 4
 
     def check(self) -> None:
-        shape = read_array(self.path, self.images).shape
-        if len(shape) not in (3, 4):
-            raise ValueError(f"'{self.path}': images are (n, H, W, C), not {list(shape)}")
+        shape = check_pictures(self.path, self.images, IMAGES)
         check_size(self.size, min(shape[1:3]))
         self._captions.check()
 

@@ -11,7 +11,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from specstream.data.media_sources import MediaSource, Samples, class_names, read_array
+from specstream.data.media_arrays import check_labels, check_room, class_names, read_array
+from specstream.data.media_sources import MediaSource, Samples
+from specstream.data.sources import check_limit
 from specstream.media_processor import MediaProcessor
 from specstream.spectrogram import LogMel
 
@@ -44,9 +46,9 @@ class Spectrograms(MediaSource):
     limit: int | None = None
 
     def check(self) -> None:
-        for name in (self.audio, self.offsets, self.labels, "sample_rate"):
-            if name is not None:
-                read_array(self.path, name)
+        check_limit(type(self).__name__, self.limit)
+        number = check_recordings(self.path, self.audio, self.offsets)
+        check_labels(self.path, self.labels, number)
         self.log_mel.filters(self._sample_rate)
 
     def samples(self) -> Samples:
@@ -73,7 +75,10 @@ class Spectrograms(MediaSource):
 
     @property
     def _sample_rate(self) -> int:
-        return int(read_array(self.path, "sample_rate"))
+        found = read_array(self.path, "sample_rate")
+        if found.dtype.kind not in "iu" or found.shape or found < 1:
+            raise ValueError(f"'{self.path}': 'sample_rate' must be one whole number above 0")
+        return int(found)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ class Tones(MediaSource):
             )
         if self.log_mel is not None:
             self.log_mel.filters(self.sample_rate)
+        check_room(self.num_tones, self.length if self.log_mel is None else self.log_mel.length)
 
     def samples(self) -> Samples:
         noise = np.random.default_rng(0)
@@ -138,6 +144,28 @@ class Tones(MediaSource):
             classes=tuple(note_name(number) for number in range(self.num_pitches)),
             spectrogram=self.log_mel,
         )
+
+
+def check_recordings(path: str, audio: str, offsets: str) -> int:
+    """Return how many recordings lie end to end in a file; ValueError where they do not."""
+    sounds, bounds = read_array(path, audio), read_array(path, offsets)
+    if sounds.dtype != np.int16 or sounds.ndim != 1:
+        raise ValueError(
+            f"'{path}': '{audio}' must be numbers of 16 bits (int16) end to end, not "
+            f"{sounds.dtype} {list(sounds.shape)}"
+        )
+    if bounds.dtype.kind not in "iu" or bounds.ndim != 1 or len(bounds) < 2:
+        raise ValueError(
+            f"'{path}': '{offsets}' must be two whole numbers or more, not {bounds.dtype} "
+            f"{list(bounds.shape)}"
+        )
+    rises = bool((bounds[1:] >= bounds[:-1]).all())
+    if not rises or bounds[0] < 0 or bounds[-1] > len(sounds):
+        raise ValueError(
+            f"'{path}': '{offsets}' must rise from 0 or more to at most {len(sounds)}, the numbers "
+            f"of '{audio}'"
+        )
+    return len(bounds) - 1
 
 
 def pitch(number: int) -> float:
