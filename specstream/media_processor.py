@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FORM = "media.json"
 SUFFIXES = {"image": ".png", "video": ".mp4", "audio": ".wav"}
 STILLS = 4  # frames that stand for a video in one picture
+BOUNDS = {"enlarge": (1, 1000), "frame_rate": (0.01, 1000), "sample_rate": (1, 1_000_000)}
+AXES = {"image": ("an image", 2), "video": ("a video", 3), "audio": ("a sound", 1)}
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,18 @@ class MediaProcessor:
     def __post_init__(self) -> None:
         if self.kind not in SUFFIXES:
             raise ValueError(f"kind must be one of {', '.join(SUFFIXES)}, got '{self.kind}'")
-        if self.enlarge < 1 or self.frame_rate <= 0 or self.sample_rate < 1:
-            raise ValueError("enlarge, frame_rate and sample_rate must be positive")
+        for name in ("enlarge", "sample_rate", "text_size"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ValueError(f"{name} must be in {least}..{most}, got {value}")
+        twice = [name for name in self.classes if self.classes.count(name) > 1]
+        if twice:
+            raise ValueError(f"two classes are named {twice[0]!r}")
+        if self.spectrogram is not None and self.kind != "audio":
+            raise ValueError(f"spectrogram is for sounds, and this is a model of {self.kind}s")
         if self.text_size < 0 or (self.text_size and self.classes):
             raise ValueError("text_size is a width, and for media without classes")
 
@@ -67,6 +79,14 @@ class MediaProcessor:
     def is_seen(self) -> bool:
         """Whether samples are pictures, or have some: a waveform has none."""
         return self.kind != "audio" or self.spectrogram is not None
+
+    def check_state(self, shape: Sequence[int]) -> None:
+        """Raise ValueError for states of that shape, channels first, that are no such media."""
+        what, number = AXES[self.kind]
+        number += self.spectrogram is not None
+        if len(shape) - 1 != number:
+            axes = "axis" if number == 1 else "axes"
+            raise ValueError(f"a state {list(shape)} is {what}, which has {number} {axes}")
 
     def written_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width in which one sample is written."""
@@ -162,7 +182,10 @@ def load_media_processor(folder: str | Path) -> MediaProcessor:
     path = Path(folder) / FORM
     try:
         found = json.loads(path.read_text())
-        found["classes"] = tuple(found["classes"])
+        names = found["classes"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"classes must be a list of texts, got {names!r}")
+        found["classes"] = tuple(names)
         if found.get("spectrogram") is not None:
             found["spectrogram"] = LogMel(**found["spectrogram"])
         return MediaProcessor(**found)

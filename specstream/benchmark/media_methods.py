@@ -18,7 +18,7 @@ from torch import Tensor
 from specstream.benchmark.pair import draft_folder
 from specstream.benchmark.runners import Runner
 from specstream.drafters import StateDrafter, WindowDenoiser
-from specstream.drafters.state_loading import RECORD, load_state_drafter
+from specstream.drafters.state_loading import RECORD, load_own_processor, load_state_drafter
 from specstream.generation import DraftLength
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
@@ -26,7 +26,6 @@ from specstream.generation.loading import Quantized, find_device
 from specstream.generation.media_loading import Free, Window, drafted_lengths, free_drafter
 from specstream.generation.media_quantization import quantize_denoisers
 from specstream.generation.solvers import Solver, SolverPipeline
-from specstream.media_processor import load_media_processor
 from specstream.models.denoiser import Denoiser, load_denoiser
 from specstream.models.quantization import USUAL, Method
 from specstream.sampling import Noise, Role
@@ -75,7 +74,7 @@ class MediaModels:
     def __init__(self, target: str, device: str, texts: Tensor | None = None) -> None:
         self.path, self.place = target, find_device(device)
         self.target = load_denoiser(target, self.place).eval().requires_grad_(False)
-        self.processor = load_media_processor(target)
+        self.processor = load_own_processor(self.target)
         found, wanted = 0 if texts is None else texts.shape[1], self.processor.text_size
         if wanted and found != wanted:
             has = f"vectors of {found} numbers" if found else "none"

@@ -17,6 +17,8 @@ from specstream.drafters.denoising import (
 from specstream.drafters.loading import RECORD, read_record
 from specstream.drafters.residual import CorrectingDrafter, ResidualDenoiser, WindowDenoiser
 from specstream.files import one_line, replaced_folder
+from specstream.media_processor import FORM as MEDIA
+from specstream.media_processor import MediaProcessor, load_media_processor
 from specstream.models.consistency import load_student
 from specstream.models.denoiser import STUDENT, Denoiser, load_denoiser
 from specstream.models.fingerprint import fingerprint
@@ -25,6 +27,7 @@ from specstream.models.patch_transformer import PatchTransformer
 from specstream.models.pretrained_denoiser import PretrainedDenoiser
 
 WEIGHTS = "draft.safetensors"
+STORED = [made.__name__ for made in (IndependentDenoiser, ResidualDenoiser, WindowDenoiser)]
 
 
 def save_state_drafter(folder: Path, drafter: StateDrafter, target: Denoiser) -> None:
@@ -52,6 +55,11 @@ def save_state_drafter(folder: Path, drafter: StateDrafter, target: Denoiser) ->
         (new / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
+def is_state_drafter(record: Mapping[str, Any]) -> bool:
+    """Whether the record of a drafter's folder names one of denoising steps."""
+    return str(record["drafter"]["class_path"]).rpartition(".")[2] in STORED
+
+
 def load_small(
     path: str | Path, device: str | torch.device = "cpu", dtype: str | None = None
 ) -> Denoiser:
@@ -59,6 +67,27 @@ def load_small(
     if dtype is not None:
         raise ValueError("dtype: small models of media are kept in float32")
     return load_denoiser(path, device)
+
+
+def load_own_processor(denoiser: Denoiser) -> MediaProcessor:
+    """Return what the states of a small model are; ValueError where its record says otherwise."""
+    assert denoiser.path is not None and isinstance(denoiser.network, PatchTransformer)
+    processor, told = load_media_processor(denoiser.path), denoiser.network.options
+    try:
+        processor.check_state(denoiser.shape)
+    except ValueError as error:
+        raise ValueError(f"'{denoiser.path}/{MEDIA}' says that {error}") from error
+    found, wanted = len(processor.classes), told["num_classes"]
+    if found > wanted:
+        raise ValueError(
+            f"'{denoiser.path}/{MEDIA}' names {found} classes, and its network tells {wanted} apart"
+        )
+    found, wanted = processor.text_size, told["text_size"]
+    if wanted not in (0, found):
+        raise ValueError(
+            f"'{denoiser.path}/{MEDIA}' has text_size {found}, and its network {wanted}"
+        )
+    return processor
 
 
 def load_state_target(
@@ -75,7 +104,8 @@ def load_state_target(
     named = read_record(folder)["target"]
     path = str(named["path"])
     if "init_args" not in named:
-        return load_small(path, device, dtype)
+        with one_line(f"the target of '{folder}'"):
+            return load_small(path, device, dtype)
     asked = {name: value for name, value in (sizes or {}).items() if value is not None}
     with one_line(f"the target of '{folder}'"):
         options = named["init_args"] | asked
@@ -93,9 +123,8 @@ def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) ->
     record = read_record(folder)
     kind = str(record["drafter"]["class_path"]).rpartition(".")[2]
     drafter: StateDrafter
-    known = [made.__name__ for made in (IndependentDenoiser, ResidualDenoiser, WindowDenoiser)]
-    if kind not in known:
-        raise ValueError(f"'{folder}' names {kind}, which is none of {', '.join(known)}")
+    if not is_state_drafter(record):
+        raise ValueError(f"'{folder}' names {kind}, which is none of {', '.join(STORED)}")
     distilled = (folder / STUDENT).is_file()
     if distilled or kind != IndependentDenoiser.__name__:  # a model of its own has no other target
         check_fingerprint(folder, record["target"], target)

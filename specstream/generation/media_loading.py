@@ -20,7 +20,13 @@ from specstream.drafters.denoising import (
 from specstream.drafters.first_block import FirstBlockDenoiser
 from specstream.drafters.loading import read_record
 from specstream.drafters.residual import WindowDenoiser
-from specstream.drafters.state_loading import load_small, load_state_drafter, load_state_target
+from specstream.drafters.state_loading import (
+    is_state_drafter,
+    load_own_processor,
+    load_small,
+    load_state_drafter,
+    load_state_target,
+)
 from specstream.generation.accept_by_error import AcceptByErrorPipeline
 from specstream.generation.consistency import ConsistencyPipeline
 from specstream.generation.decoded_score import quality_score
@@ -39,7 +45,7 @@ from specstream.generation.solvers import (
     SolverPipeline,
 )
 from specstream.generation.step_caching import StepCachePipeline
-from specstream.media_processor import MediaProcessor, load_media_processor
+from specstream.media_processor import MediaProcessor
 from specstream.models.codec import Compression
 from specstream.models.consistency import ConsistencyModel
 from specstream.models.denoiser import FORM, Denoiser
@@ -152,10 +158,10 @@ def is_media_run(run: str | Path) -> bool:
     if (folder / "model" / FORM).is_file() or (folder / FORM).is_file():
         return True
     try:
-        target = read_record(folder / "draft")["target"]
+        record = read_record(folder / "draft")
     except ValueError:
         return False
-    return "init_args" in target or (Path(str(target["path"])) / FORM).is_file()
+    return is_state_drafter(record) or "init_args" in record["target"]
 
 
 def load_media_run(
@@ -182,8 +188,7 @@ def load_media_run(
     else:
         path = folder / "model" if (folder / "model").is_dir() else folder
         target = load_small(path, place, dtype)
-    assert target.path is not None
-    processor = played(load_media_processor(target.path), options.frame_rate)
+    processor = played(load_own_processor(target), options.frame_rate)
     resize(target, drafter, processor, options.size)
     if options.guidance != 1 and not (processor.classes or processor.text_size):
         raise ValueError("guidance is the weight of a prompt, and this model takes none")

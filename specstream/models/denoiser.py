@@ -6,6 +6,7 @@ Shapes: R rows, S the shape of a state (channels first).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -30,6 +31,7 @@ from specstream.transitions import Prediction, StepGrid, data_estimate
 FORM = "denoiser.json"
 WEIGHTS = "denoiser.safetensors"
 STUDENT = "student.json"  # beside them: what they say are ends, which is `consistency`'s to read
+LARGEST_STATE = 100_000_000  # numbers: more is a slip of the pen
 SCHEDULES: dict[str, type[NoiseSchedule]] = {
     kind.__name__: kind for kind in (FlowSchedule, DiscreteSchedule, SigmaSchedule)
 }
@@ -226,6 +228,32 @@ class Denoiser(nn.Module):
         )
 
 
+def check_shape(network: PatchTransformer, shape: Any) -> None:
+    """Raise ValueError for what is no shape of a state, or one that the network does not make."""
+    if not isinstance(shape, list) or any(type(size) is not int or size < 1 for size in shape):
+        raise ValueError(f"a shape must be a list of whole numbers above 0, got {shape!r}")
+    channels = network.options["out_channels"]
+    if len(shape) < 2 or shape[0] != channels or math.prod(shape) > LARGEST_STATE:
+        raise ValueError(
+            f"a shape must be {channels} channels and a grid, at most {LARGEST_STATE} numbers in "
+            f"all, got {shape}"
+        )
+    network.check_grid(shape[1:])
+
+
+def check_clip(clip: Any) -> None:
+    """Raise ValueError for what estimates cannot be cut to."""
+    if clip is not None and (isinstance(clip, bool | str | list | dict) or not clip > 0):
+        raise ValueError(f"clip must be a number above 0 or null, got {clip!r}")
+
+
+def check_levels(schedule: NoiseSchedule) -> None:
+    """Raise ValueError for a schedule whose noise levels are no numbers."""
+    grid = schedule.grid(2)
+    if not all(bool(x.isfinite().all()) for x in (grid.times, grid.alphas, grid.sigmas)):
+        raise ValueError(f"the noise levels of {schedule} are not finite")
+
+
 def load_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     """Load what `Denoiser.save` wrote; ValueError in one line for what is no such folder."""
     if (Path(path) / STUDENT).is_file():
@@ -251,6 +279,10 @@ def read_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoi
         network = PatchTransformer(**form["network"])
         network.load_state_dict(load_file(folder / WEIGHTS))
         prediction = Prediction(form["prediction"])
+        check_levels(schedule)
+        for shape in (form["shape"], *form.get("other_shapes", ())):
+            check_shape(network, shape)
+        check_clip(form.get("clip"))
         denoiser = Denoiser(network, schedule, form["shape"], prediction, form.get("clip"))
         denoiser.other_shapes = tuple(tuple(shape) for shape in form.get("other_shapes", ()))
     denoiser.path = str(path)

@@ -17,7 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from specstream.models.fresh import check_memory
+
 LARGEST = 100_000  # of any size of a network: more is a slip of the pen
+DEEPEST = 1000  # blocks of a network
+BLOCK_MATRICES = 18  # of hidden_size by hidden_size: what the layers of a block come to
 LONGEST = 10_000.0  # wavelength of the slowest sine
 
 
@@ -169,10 +173,7 @@ class PatchTransformer(nn.Module):
     def cut(self, states: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Return patches (R, P, C * volume) and how many lie along each axis."""
         sizes = states.shape[2:]
-        if len(sizes) != len(self.patch) or any(
-            size % side for size, side in zip(sizes, self.patch, strict=True)
-        ):
-            raise ValueError(f"a grid of {list(sizes)} is not cut by patches of {list(self.patch)}")
+        self.check_grid(sizes)
         counts = tuple(size // side for size, side in zip(sizes, self.patch, strict=True))
         axes = len(sizes)
         split = [part for pair in zip(counts, self.patch, strict=True) for part in pair]
@@ -181,6 +182,13 @@ class PatchTransformer(nn.Module):
         inner = [3 + 2 * axis for axis in range(axes)]
         ordered = folded.permute(0, *outer, 1, *inner)
         return ordered.reshape(len(states), math.prod(counts), -1), counts
+
+    def check_grid(self, sizes: Sequence[int]) -> None:
+        """Raise ValueError for a grid that patches do not divide."""
+        if len(sizes) != len(self.patch) or any(
+            size % side for size, side in zip(sizes, self.patch, strict=True)
+        ):
+            raise ValueError(f"a grid of {list(sizes)} is not cut by patches of {list(self.patch)}")
 
     def join(self, patches: Tensor, counts: tuple[int, ...]) -> Tensor:
         """Return the grid (R, C, *A) of patches (R, P, C * volume): `cut` undone."""
@@ -207,11 +215,13 @@ def check_sizes(sizes: dict[str, int], patch: Sequence[int]) -> None:
     if not 1 <= len(patch) <= 3 or min(patch) < 1:
         raise ValueError(f"patch must be 1 to 3 sizes of at least 1, got {list(patch)}")
     for name, size in sizes.items():
-        if not 1 <= size <= LARGEST:
-            raise ValueError(f"{name} must be in 1..{LARGEST}, got {size}")
+        largest = DEEPEST if name == "num_layers" else LARGEST
+        if not 1 <= size <= largest:
+            raise ValueError(f"{name} must be in 1..{largest}, got {size}")
     hidden_size, num_heads = sizes["hidden_size"], sizes["num_heads"]
     if hidden_size % num_heads:
         raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
+    check_memory(sizes["num_layers"] * BLOCK_MATRICES * hidden_size**2)
 
 
 class Block(nn.Module):
