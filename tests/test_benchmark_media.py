@@ -263,6 +263,15 @@ def test_mistakes_are_one_line(
     assert "etas must be above 0" in refusal(etas=[0.0])
     assert "num_steps must be at least 2" in refusal(num_steps=[1])
     assert "validation_fraction must be above 0" in refusal(validation_fraction=0.0)
+    for name in ("num_samples", "num_solved", "batch_size"):
+        assert f"{name} must be at most 100000, got 1000000000" in refusal(**{name: 10**9})
+    for guidance in (float("nan"), float("inf")):
+        assert f"guidance must be a finite number, got {guidance}" in refusal(guidance=guidance)
+    few = "toy': training held out 0 samples, and the laws of two or more are compared"
+    assert few in refusal(validation_fraction=1e-9)
+    for name in ("num_permutations", "timed_samples", "repeats"):
+        words = [f"--study.{name}", "1000000000"]
+        assert f"{name} must be at most 100000, got 1000000000" in refusal(words=words)
     assert "no PlainSteps method without options" in refusal(FREE)
     data = {"class_path": "tests.media_toys.Flickers", "init_args": {"size": 6}}
     assert "the target's states are [1, 2, 4, 4], the data's [1, 2, 6, 6]" in refusal(data=data)
@@ -282,6 +291,19 @@ def test_mistakes_are_one_line(
     )
     long = method("TrainedDraft", "long", run=str(models / "window"), window=5)
     assert "guesses 4 steps at once, not 5" in refusal(PLAIN, long)
+
+
+def test_samples_that_are_no_numbers_get_no_row(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    solver = method("SolverSteps", "Euler", num_steps=[4])
+    output, task = tmp_path / "never.json", toy(models, guidance=1e300)
+    for methods, solvers in (([PLAIN], []), ([], [solver])):
+        config = write_study(tmp_path, task, methods, solvers=solvers)
+        assert main(["--config", config, "--output", str(output)]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: toy: the samples of ") and "not finite" in line
+        assert not output.exists()
 
 
 def test_options_are_checked_where_they_are_given(tmp_path: Path) -> None:

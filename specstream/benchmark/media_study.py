@@ -9,6 +9,7 @@ at a number of rounds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from specstream.benchmark.media_checks import check_counts, check_finite
 from specstream.benchmark.media_curves import SolverCurve
 from specstream.benchmark.media_methods import (
     EqualRounds,
@@ -83,6 +85,11 @@ class MediaTask:
                 f"task '{self.name}': num_samples and num_solved must be at least 2 and "
                 "batch_size at least 1"
             )
+        check_counts(self, ("num_samples", "num_solved", "batch_size"), f"task '{self.name}': ")
+        if not math.isfinite(self.guidance):
+            raise ValueError(
+                f"task '{self.name}': guidance must be a finite number, got {self.guidance}"
+            )
         if not self.num_steps or min(self.num_steps) < 2:
             raise ValueError(f"task '{self.name}': num_steps must be at least 2 each")
         if not self.etas or not 0 < min(self.etas) <= max(self.etas) <= 1:
@@ -114,7 +121,12 @@ class MediaTask:
 
     def check_target(self, models: MediaModels, held_out: Samples) -> None:
         """Raise ValueError where the target's states are not the data's, or it cannot be guided."""
-        processor = models.processor
+        processor, number = models.processor, len(held_out.states)
+        if number < 2:
+            raise ValueError(
+                f"task '{self.name}': training held out {number} samples, and the laws of two or "
+                "more are compared: give another validation_fraction"
+            )
         if self.guidance != 1 and not (processor.classes or processor.text_size):
             raise ValueError(
                 f"task '{self.name}': guidance is the weight of a prompt, and its target takes none"
@@ -170,6 +182,7 @@ class MediaStudy(Study):
                 "num_permutations, timed_samples, repeats, solver_steps and reference_steps must "
                 "be at least 1"
             )
+        check_counts(self, ("num_permutations", "timed_samples", "repeats"))
         self._leave_out(None if self.clip_model is None else missing_clip(self.clip_model))
         asked: list[Asked] = [*self.methods, *self.solvers]
         check_names(self.tasks, asked, self.only_tasks, self.only_methods)
@@ -286,6 +299,7 @@ class MediaStudy(Study):
                     method, other.pipeline, models, known, few, self.seed, self.repeats
                 )
             found = draw(method, models, known, condition, seed=seed, num_samples=task.num_samples)
+            check_finite(found.samples, task.name, method.name)
             say(f"  {method.name}: {found.rounds:.2f} rounds")
             drawn.append(found)
         return drawn
@@ -335,6 +349,7 @@ class MediaStudy(Study):
         )
         say(f"{task.name}: {len(prompts)} samples in {self.reference_steps} steps")
         solution = exact.complete(len(prompts), models.condition(prompts), seed=self.seed)
+        check_finite(solution, task.name, "the solution")
         maker = SolverRowMaker(
             task.name, task.target, held_out, solution, self.reference_steps,
             models.processor.kind, machine,
