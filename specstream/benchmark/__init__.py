@@ -4,17 +4,17 @@
 
 Reading order: `prompts` (what is decoded), `pair` (the models), `methods` (who decodes), `runners`
 (one warm decoder each), `timing` (alternating runs), `speed` (the table of speeds), `speed_rows`
-(what is derived), `distillation` (the table of divergences), `questions`,
-`drafter_study`, `paired_scores`, `target_quality`, `drafter_rows` and `drafter_records` (the table
-of drafters, with task metrics), `masked_prompts`, `masked_methods`, `masked_study`, `masked_rows`,
-`masked_scores` and `pareto` (the table of fillings: masked diffusion, quality against calls),
-`step_study` (a step of both its models), `media_methods`, `media_checks`, `media_unverified`,
-`media_counts`, `media_seconds`, `media_curves`, `media_solving`, `media_study`, `media_quality`, `media_rows` and `media_records` (the tables of
-media: drafts that keep a law, refinements and students that keep none, solvers that miss a
-solution), `rows` (the results file), `cells`, `text_tables`, `masked_tables`, `media_cells`,
-`media_tables` and `tables` (its tables, and which rows a summary names), `plots`, `masked_plots`
-and `media_plots`, `results_page` (all of it) and `readme` (the summary), `command` (the command
-line).  `sweep` trains what `distillation` compares.
+(what is derived), `distillation` (the table of divergences), `questions`, `drafter_study`,
+`paired_scores`, `target_quality`, `drafter_rows` and `drafter_records` (the table of drafters, with
+task metrics), `masked_prompts`, `masked_methods`, `masked_study`, `masked_rows`, `masked_scores`
+and `pareto` (the table of fillings: masked diffusion, quality against calls), `step_study` (a step
+of both its models), `media_methods`, `media_checks`, `media_unverified`, `media_counts`,
+`media_seconds`, `media_curves`, `media_solving`, `media_study`, `media_quality`, `media_rows` and
+`media_records` (the tables of media: drafts that keep a law, refinements and students that keep
+none, solvers that miss a solution), `rows` (the results file), `cells`, `text_tables`,
+`masked_tables`, `media_cells`, `media_tables` and `tables` (its tables, and which rows a summary
+names), `plots`, `masked_plots` and `media_plots`, `results_page` (all of it) and `readme` (the
+summary), `command` (the command line).  `sweep` trains what `distillation` compares.
 """
 
 from specstream.benchmark.distillation import DistillationStudy
