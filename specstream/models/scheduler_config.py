@@ -89,6 +89,20 @@ def schedule_of(
     return discrete_of(name, config, known[named]), known[named]
 
 
+def width_remark(config: dict[str, Any]) -> str | None:
+    """Say where a scheduler draws steps of another width than eta 1 does here; None: nowhere."""
+    name = str(config["_class_name"])
+    if not name.startswith("DDPM"):
+        return None
+    kind = with_defaults(name, config)["variance_type"]
+    if kind in ("fixed_small", "fixed_small_log"):
+        return None
+    return (
+        f"the scheduler's variance_type is '{kind}'; steps of eta 1 have the posterior's width "
+        "here, which it calls 'fixed_small'"
+    )
+
+
 def with_defaults(name: str, config: dict[str, Any]) -> dict[str, Any]:
     """Return a config with the options of its class in `diffusers` that it leaves out."""
     import diffusers

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specstream.models.noise_schedule import SigmaSchedule
-from specstream.models.scheduler_config import clip_of, schedule_of
+from specstream.models.scheduler_config import clip_of, schedule_of, width_remark
 from specstream.transitions import Prediction, data_estimate
 
 STEPS = 7
@@ -138,3 +138,9 @@ def test_a_schedule_of_ratios_survives_its_record_and_refuses_nonsense() -> None
 def test_a_scheduler_without_a_counterpart_is_refused(config: dict[str, object], line: str) -> None:
     with pytest.raises(ValueError, match=line):
         schedule_of(config)
+
+
+def test_a_scheduler_of_wider_steps_is_told_of() -> None:
+    ddpm = {"_class_name": "DDPMScheduler"}
+    assert width_remark(ddpm) is None and width_remark(WAN) is None
+    assert "'fixed_large'" in str(width_remark(ddpm | {"variance_type": "fixed_large"}))

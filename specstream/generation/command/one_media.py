@@ -31,6 +31,7 @@ from specstream.generation.media_given import Asked, asked_for
 from specstream.generation.media_loading import MediaRun
 from specstream.generation.refinement import RefinementPipeline
 from specstream.media_processor import MediaProcessor
+from specstream.models.scheduler_config import width_remark
 from specstream.structures import Stats
 
 
@@ -65,7 +66,7 @@ def generate_media(run: MediaRun, options: Options) -> int:
                 say(f"{role}: not quantised: {made['reason']}")
     for line in refinement_report(stats) if refines else media_report(stats):
         say(line)
-    for line in guidance_remarks(run.pipeline):
+    for line in remarks(run):
         say(line)
     say(f"wrote {path}")
     try:
@@ -222,16 +223,23 @@ def prediction_of(stats: Stats) -> str:
     return f"{stats.mean_length:.1f} steps drafted a round; drafting should {ratio}"
 
 
-def guidance_remarks(pipeline: DenoisingSampler) -> list[str]:
-    """Return a line where drafts are asked for at another guidance than they were trained for."""
+def remarks(run: MediaRun) -> list[str]:
+    """Return a line where drafts are asked for at another guidance than they were trained for.
+
+    And one where the steps of a model of `diffusers` are not as wide as its scheduler has them.
+    """
+    lines, pipeline = [], run.pipeline
     drafter = pipeline.drafter if isinstance(pipeline, DenoisingPipeline) else None
     trained = None if drafter is None else drafter.trained_guidance
-    if trained in (None, pipeline.guidance):
-        return []
-    return [
-        f"the drafter was trained for guidance {trained:g}: with {pipeline.guidance:g} the samples "
-        "are as exact, but fewer drafts may stand"
-    ]
+    if trained not in (None, pipeline.guidance):
+        lines.append(
+            f"the drafter was trained for guidance {trained:g}: with {pipeline.guidance:g} the "
+            "samples are as exact, but fewer drafts may stand"
+        )
+    wider = None if run.told is None else width_remark(run.told.parts.scheduler)
+    if wider is not None and pipeline.eta:
+        lines.append(wider)
+    return lines
 
 
 def refinement_report(stats: Stats) -> list[str]:
