@@ -95,7 +95,9 @@ def feature_distances(
     if fewest < 4:
         raise ValueError(f"FID and KID need at least 4 samples of each kind, got {fewest}")
     network = RandomFeatures(samples.shape[1], samples.dim() - 2) if features is None else features
-    known = KnownFeatures(int(network.num_features))
+    num_features = network.num_features
+    assert isinstance(num_features, int)
+    known = KnownFeatures(num_features)
     with warnings.catch_warnings():  # KID says that it keeps all features, at every call
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`")
         kernel = KernelInceptionDistance(known, subsets=20, subset_size=fewest // 2)
