@@ -107,8 +107,7 @@ class LatentConsistencyModule(SummedLossModule):
         if self.decoding is not None:
             target_processor(self.target).check_writer()
         if isinstance(data, CaptionDataModule):
-            self.captions = encode_captions(self.target, data.prompts)
-            check_guidance(self.target, self.student.guidance, self.captions.told)
+            self.captions = encode_captions(self.target, data.prompts, self.student.guidance)
             return
         check_media(self.target, media_data(self.trainer))
         told = {name: value[:1] for name, value in data.samples.condition.items()}

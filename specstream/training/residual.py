@@ -14,7 +14,6 @@ Shapes: B rows, N steps, W windows of a row, L the longest window, S the shape o
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -22,29 +21,26 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW
 
-from specstream.data.captions import CaptionDataModule
 from specstream.drafters.residual import ResidualDenoiser, WindowDenoiser
 from specstream.drafters.state_loading import save_state_drafter
-from specstream.generation.media_loading import target_processor
 from specstream.media_processor import MediaProcessor
 from specstream.models.denoiser import Denoiser
 from specstream.models.patch_transformer import PatchTransformer
-from specstream.models.pretrained_denoiser import PretrainedDenoiser, find_denoiser
 from specstream.sampling import Noise, Role
 from specstream.structures import StateContext
 from specstream.training.base import Batch, LossSum, SummedLossModule
 from specstream.training.captions import (
     EncodedCaptions,
-    check_guidance,
-    check_whole,
-    encode_captions,
+    frozen_target,
+    log_samples,
+    read_captions,
 )
 from specstream.training.denoising import check_sizes, condition_of, media_data
 from specstream.training.optimization import Schedule
 from specstream.training.sampling import HeldOutSampling
-from specstream.training.step_losses import RejectionProbability, StepLoss
-from specstream.training.trajectories import KeptTrajectories, Trajectories, draw_trajectories
-from specstream.transitions import StepGrid, estimate_weights, step_stds
+from specstream.training.step_losses import RejectionProbability, StepLoss, step_distances
+from specstream.training.trajectories import TrajectorySource, check_sampler
+from specstream.transitions import StepGrid
 from specstream.verification.gaussian import step_acceptance
 
 
@@ -84,36 +80,20 @@ class ResidualModule(SummedLossModule):
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__(optimizer, schedule)
-        if not 0 < eta <= 1:
-            raise ValueError(f"eta must be above 0 and at most 1 for drafts with a law, got {eta}")
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance must be a finite number, got {guidance}")
-        if num_steps < 3:
-            raise ValueError(f"num_steps must be at least 3 for steps to draft, got {num_steps}")
+        check_sampler(num_steps, eta, guidance)
         if not 1 <= window < num_steps:
             raise ValueError(f"window must be in 1..{num_steps - 1}, got {window}")
         if not 1 <= windows_per_row <= window * num_steps:  # more would repeat themselves
             raise ValueError(
                 f"windows_per_row must be in 1..{window * num_steps}, got {windows_per_row}"
             )
-        self.target = find_denoiser(target).eval().requires_grad_(False)
-        if isinstance(self.target, PretrainedDenoiser):
-            check_whole(self.target)
+        self.target = frozen_target(target)
         self.captions: EncodedCaptions | None = None
         self.eta, self.guidance = eta, guidance
-        self.kept = None
-        if keep_trajectories:
-            self.kept = {True: KeptTrajectories(), False: KeptTrajectories()}  # by `training`
         self.window, self.windows_per_row = window, windows_per_row
-        self.grid = self.target.schedule.grid(num_steps)
         self.step_loss, self.decoding = step_loss, decoding
         if decoding is not None:
-            found = (decoding.num_steps, decoding.eta, decoding.guidance)
-            if found != (num_steps, eta, guidance):
-                raise ValueError(
-                    "decoding samples with num_steps {}, eta {} and guidance {}, but drafts are "
-                    "trained for {}, {} and {}".format(*found, num_steps, eta, guidance)
-                )
+            decoding.check_drafts(num_steps, eta, guidance)
         if at_once and decoding is not None and decoding.window > window:
             raise ValueError(f"decoding.window {decoding.window} exceeds the window of {window}")
         self.drafter: ResidualDenoiser | WindowDenoiser
@@ -122,17 +102,15 @@ class ResidualModule(SummedLossModule):
         else:
             self.drafter = ResidualDenoiser(network, guidance)
         self.drafter.check(self.target, guidance)
+        how = (num_steps, eta, guidance, keep_trajectories, self.drafter.reads)
+        self.trajectories = TrajectorySource(self.target, *how)
+        self.grid = self.trajectories.grid
 
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        pretrained = isinstance(self.target, PretrainedDenoiser)
-        if pretrained != isinstance(data, CaptionDataModule):
-            raise ValueError(
-                "data: drafters of a diffusers target are trained with captions, "
-                "specstream.data.CaptionDataModule, and others are not"
-            )
-        if pretrained:
-            self._read_captions(data.prompts)
+        self.captions = read_captions(self.target, data, self.guidance, self.decoding)
+        if self.captions is not None:
+            self._check(self.captions.num_classes, self.captions.text_size)
             return
         shape = media_data(self.trainer).shape
         if self.decoding is not None:
@@ -142,14 +120,6 @@ class ResidualModule(SummedLossModule):
                 f"the target's states are {list(self.target.shape)}, the data's {list(shape)}"
             )
         self._check(len(data.processor.classes), data.processor.text_size)
-
-    def _read_captions(self, prompts: list[str]) -> None:
-        assert isinstance(self.target, PretrainedDenoiser)
-        if self.decoding is not None:
-            target_processor(self.target).check_writer()
-        self.captions = encode_captions(self.target, prompts)
-        self._check(self.captions.num_classes, self.captions.text_size)
-        check_guidance(self.target, self.guidance, self.captions.told)
 
     def _check(self, num_classes: int, text_size: int) -> None:
         """Raise ValueError for a network that does not fit, or a guidance without prompts."""
@@ -176,7 +146,7 @@ class ResidualModule(SummedLossModule):
         noise = self.epoch_noise()
         keys = batch["keys"]
         condition = self._condition(batch)
-        seen = self._trajectories(keys, condition, grid)
+        seen = self.trajectories.of(keys, condition, self)
         starts, steps = self._windows(keys, noise)  # (W, B) each
         pick = torch.arange(len(keys), device=keys.device).expand_as(starts)
         # the drafter is asked at `steps`; the target spoke last at `starts`, before them
@@ -194,54 +164,23 @@ class ResidualModule(SummedLossModule):
         at, states = steps.flatten(), seen.states[steps, pick].flatten(0, 1)
         right = seen.estimates[steps, pick].flatten(0, 1)
         guess = self._guess(states, at, context, grid)
-        weights = estimate_weights(grid, self.eta) / step_stds(grid, self.eta).clamp(min=1e-12)
         errors = (guess - right).flatten(1)
-        free = (context.estimates - right).flatten(1)
-        scale = weights[at].abs().to(errors)
-        delta = scale * errors.square().sum(1).add(1e-12).sqrt()
+        delta = step_distances(errors, at, grid, self.eta)
+        free = step_distances(context.estimates - right, at, grid, self.eta)
         losses = self.step_loss(delta, errors.square().mean(1))
         real = batch["real"][pick.flatten()].to(losses)
         metrics = {
             "acceptance": step_acceptance(delta),
             "delta": delta,
-            "free_acceptance": step_acceptance(scale * free.norm(dim=1)),
+            "free_acceptance": step_acceptance(free),
         }
         sums = {name: (value.detach() * real).sum() for name, value in metrics.items()}
         return LossSum((losses * real).sum(), real.sum(), sums)
 
-    def _trajectories(
-        self, keys: Tensor, condition: dict[str, Tensor], grid: StepGrid
-    ) -> Trajectories:
-        """Return those of this epoch, or, where they are kept, of the first."""
-        noise = self.epoch_noise() if self.kept is None else self.epoch_noise(0)
-
-        def draw(chosen: Tensor) -> Trajectories:
-            told = {name: value[chosen] for name, value in condition.items()}
-            return draw_trajectories(
-                self.target,
-                keys[chosen],
-                told,
-                grid,
-                self.eta,
-                self.guidance,
-                noise,
-                reads=self.drafter.reads,
-            )
-
-        if self.kept is None:
-            return draw(torch.arange(len(keys), device=keys.device))
-        return self.kept[self.training].of(keys, draw)
-
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         if self.decoding is not None:
-            processor, condition = self.trainer.datamodule.processor, None  # type: ignore[attr-defined]
-            if self.captions is not None:
-                assert isinstance(self.target, PretrainedDenoiser)
-                processor = target_processor(self.target)
-                condition = self.captions.first(self.decoding.num_samples, self.device)
-            found = self.decoding.run(self, self.target, self.drafter, processor, condition)
-            self.log_dict(found, rank_zero_only=True)
+            log_samples(self, self.decoding, self.target, self.drafter, self.captions)
 
     def _guess(self, states: Tensor, at: Tensor, context: StateContext, grid: StepGrid) -> Tensor:
         if isinstance(self.drafter, ResidualDenoiser):

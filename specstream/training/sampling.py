@@ -62,6 +62,15 @@ class HeldOutSampling:
                 "decoding.guidance is the weight of a class, and validation samples without one"
             )
 
+    def check_drafts(self, num_steps: int, eta: float, guidance: float) -> None:
+        """Raise ValueError for another sampler than the one that drafts are trained for."""
+        found = (self.num_steps, self.eta, self.guidance)
+        if found != (num_steps, eta, guidance):
+            raise ValueError(
+                "decoding samples with num_steps {}, eta {} and guidance {}, but drafts are "
+                "trained for {}, {} and {}".format(*found, num_steps, eta, guidance)
+            )
+
     def run(
         self,
         module: L.LightningModule,

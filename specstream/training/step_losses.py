@@ -4,7 +4,7 @@ It stands with probability 1 - TV of two Gaussians, erfc(|delta| / (2 sqrt 2)), 
 of their means in standard deviations, and falls with erf(|delta| / (2 sqrt 2)).  Where |delta| is
 large the gradient vanishes; a small share of |delta| itself keeps it alive.
 
-P is the number of steps.
+P is the number of steps, S the shape of a state.
 """
 
 from __future__ import annotations
@@ -14,7 +14,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from specstream.transitions import SMALLEST, StepGrid, estimate_weights, step_stds
 from specstream.verification.gaussian import step_acceptance
+
+
+def step_distances(errors: Tensor, steps: Tensor, grid: StepGrid, eta: float) -> Tensor:
+    """Return how far drafted means lie from the target's, in standard deviations, (P,).
+
+    errors (P, *S): of the guesses at the data; steps (P,): where the states stand.
+    """
+    scales = estimate_weights(grid, eta) / step_stds(grid, eta).clamp(min=SMALLEST)
+    squares = errors.flatten(1).square().sum(1).add(1e-12)  # a root has no gradient at 0
+    return scales[steps].abs().to(errors) * squares.sqrt()
 
 
 class StepLoss(ABC):

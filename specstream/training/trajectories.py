@@ -9,6 +9,7 @@ Shapes: B rows, N steps, P patches of width D, S the shape of a state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from specstream.models.denoiser import Denoiser, Reads
 from specstream.sampling import Noise, Role
+from specstream.training.base import SummedLossModule
 from specstream.transitions import StepGrid, transition
 
 
@@ -56,6 +58,59 @@ class KeptTrajectories:
             torch.stack([row.estimates for row in rows], 1).to(keys.device),
             torch.stack(features, 1).to(keys.device) if features else None,
         )
+
+
+class TrajectorySource:
+    """Where a training has the trajectories of its target from.
+
+    Args:
+        target: the frozen model that draws them.
+        num_steps, eta, guidance: of its sampler.
+        keep: draw those of each example in its first epoch only.
+        reads: what is read of the target's thoughts on the way.
+    """
+
+    def __init__(
+        self,
+        target: Denoiser,
+        num_steps: int,
+        eta: float,
+        guidance: float,
+        keep: bool = False,
+        reads: Reads | None = None,
+    ) -> None:
+        self.target = target
+        self.grid = target.schedule.grid(num_steps)
+        self.eta, self.guidance, self.reads = eta, guidance, reads
+        self.kept: dict[bool, KeptTrajectories] | None = None
+        if keep:
+            self.kept = {True: KeptTrajectories(), False: KeptTrajectories()}  # by `training`
+
+    def of(
+        self, keys: Tensor, condition: Mapping[str, Tensor], module: SummedLossModule
+    ) -> Trajectories:
+        """Return those of rows with keys (B,), of this epoch or, where they are kept, the first."""
+        noise = module.epoch_noise() if self.kept is None else module.epoch_noise(0)
+        grid = self.grid.to(keys.device)
+
+        def draw(chosen: Tensor) -> Trajectories:
+            told = {name: value[chosen] for name, value in condition.items()}
+            how = (grid, self.eta, self.guidance, noise, self.reads)
+            return draw_trajectories(self.target, keys[chosen], told, *how)
+
+        if self.kept is None:
+            return draw(torch.arange(len(keys), device=keys.device))
+        return self.kept[module.training].of(keys, draw)
+
+
+def check_sampler(num_steps: int, eta: float, guidance: float) -> None:
+    """Raise ValueError for a sampler whose steps cannot be drafted with a law."""
+    if not 0 < eta <= 1:
+        raise ValueError(f"eta must be above 0 and at most 1 for drafts with a law, got {eta}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance must be a finite number, got {guidance}")
+    if num_steps < 3:
+        raise ValueError(f"num_steps must be at least 3 for steps to draft, got {num_steps}")
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from specstream.training import (
     RejectionProbability,
     ResidualModule,
     SquaredError,
-    residual,
+    trajectories,
 )
 from specstream.training.trajectories import draw_trajectories
 from specstream.verification.gaussian import step_acceptance
@@ -102,7 +102,7 @@ def test_trajectories_and_estimates_are_those_of_the_guided_target(
     assert module.drafter.trained_guidance == guidance
     kept = []
     monkeypatch.setattr(
-        residual,
+        trajectories,
         "draw_trajectories",
         lambda *given, **options: kept.append(draw_trajectories(*given, **options)) or kept[0],
     )
@@ -122,7 +122,7 @@ def test_kept_trajectories_are_drawn_once_and_are_those_of_the_first_epoch(
 ) -> None:
     drawn = []
     monkeypatch.setattr(
-        residual,
+        trajectories,
         "draw_trajectories",
         lambda *given, **options: drawn.append(given[1]) or draw_trajectories(*given, **options),
     )
@@ -197,7 +197,7 @@ def test_the_loss_asks_about_the_states_after_those_that_the_target_spoke_of(
     object.__setattr__(module, "_trainer", type("T", (), {"current_epoch": 0})())
     guess, seen = module._guess, []
     monkeypatch.setattr(
-        residual,
+        trajectories,
         "draw_trajectories",
         lambda *given, **options: seen.append(draw_trajectories(*given, **options)) or seen[-1],
     )
