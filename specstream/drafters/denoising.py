@@ -17,7 +17,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from specstream.models.consistency import ConsistencyModel
 from specstream.models.denoiser import Denoiser, Reads
 from specstream.sampling import Noise, Role
 from specstream.structures import Law, StateContext, StateDraft
@@ -124,6 +123,8 @@ class IndependentDenoiser(StateDrafter):
 
     It may be a student of few steps: its guess is then where the deterministic sampler would end,
     which is the target's own estimate only where little noise is left.
+
+    `guidance` is the weight of its condition, where its weights do not hold that of its target.
     """
 
     needs_estimate = False
@@ -133,8 +134,7 @@ class IndependentDenoiser(StateDrafter):
         super().__init__()
         self.denoiser = denoiser
         self.guidance = guidance
-        if isinstance(denoiser, ConsistencyModel):
-            self.trained_guidance = denoiser.guidance
+        self.trained_guidance = denoiser.guidance
 
     def check(self, target: Denoiser, guidance: float) -> None:
         if self.denoiser.shape != target.shape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from specstream.models.consistency import load_student
 from specstream.models.denoiser import STUDENT, Denoiser, load_denoiser
 from specstream.models.fingerprint import fingerprint
 from specstream.models.latent_consistency import load_latent_student
+from specstream.models.noise_schedule import FlowSchedule
 from specstream.models.patch_transformer import PatchTransformer
 from specstream.models.pretrained_denoiser import PretrainedDenoiser
 
@@ -115,8 +117,8 @@ def load_state_target(
 def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) -> StateDrafter:
     """Build the drafter of `folder` for `target`; ValueError for another one's or damaged files.
 
-    A drafter that is a diffusion model itself is guided as the target is; a student of few steps
-    holds its own guidance.
+    A drafter that is a diffusion model itself is guided as the target is, but where its weights
+    hold a guidance.  One that was trained in a target's latents drafts at other sizes too.
     """
     from safetensors.torch import load_file
 
@@ -153,10 +155,25 @@ def load_state_drafter(folder: Path, target: Denoiser, guidance: float = 1.0) ->
 def load_independent(folder: Path, target: Denoiser, distilled: bool) -> Denoiser:
     """Load a diffusion model that drafts for `target`, or a student that was distilled from it."""
     if not distilled:
-        return load_denoiser(folder, target.device)
+        drafter = load_denoiser(folder, target.device)
+        if isinstance(target, PretrainedDenoiser):
+            take_size(drafter, target)
+        return drafter
     if isinstance(target, PretrainedDenoiser):
         return load_latent_student(folder, target)
     return load_student(folder, target.device)
+
+
+def take_size(drafter: Denoiser, target: Denoiser) -> None:
+    """Have a small network draft at a target's size, where channels and axes are the same.
+
+    The levels' shift may go with the size; what a time means to the network does not.
+    """
+    own, other = drafter.schedule, target.schedule
+    if drafter.shape[0] == target.shape[0] and len(drafter.shape) == len(target.shape):
+        drafter.shape = target.shape
+    if isinstance(own, FlowSchedule) and isinstance(other, FlowSchedule):
+        drafter.schedule = replace(own, shift=other.shift)
 
 
 def check_fingerprint(folder: Path, named: Mapping[str, Any], target: Denoiser) -> None:

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from specstream.files import one_line, read_table
-from specstream.models.denoiser import STUDENT, Denoiser, Evaluation, Reads, read_denoiser
+from specstream.models.denoiser import STUDENT, Denoiser, read_denoiser
 from specstream.models.noise_schedule import NoiseSchedule, check_steps
 from specstream.transitions import Prediction, StepGrid
 
@@ -41,6 +41,7 @@ class ConsistencyModel(Denoiser):
     """
 
     predictions: ClassVar[tuple[Prediction, ...]] = BOUNDED
+    guidance: float
 
     def __init__(
         self,
@@ -59,22 +60,8 @@ class ConsistencyModel(Denoiser):
         check_steps(num_steps)
         if not math.isfinite(guidance):
             raise ValueError(f"guidance must be a finite number, got {guidance}")
-        super().__init__(network, schedule, shape, prediction)
+        super().__init__(network, schedule, shape, prediction, guidance=guidance)
         self.num_steps = num_steps
-        self.guidance = guidance
-
-    def evaluate(
-        self,
-        states: Tensor,
-        steps: Tensor,
-        grid: StepGrid,
-        condition: Mapping[str, Tensor] | None = None,
-        guidance: float = 1.0,
-        reads: Reads | None = None,
-        rest: Tensor | None = None,
-    ) -> Evaluation:
-        """Return the ends of trajectories where `Denoiser` returns estimates."""
-        return super().evaluate(states, steps, grid, condition, reads=reads, rest=rest)
 
     def few(self, num_steps: int) -> StepGrid:
         """Return `num_steps` of the levels it was distilled on, evenly chosen, and data.

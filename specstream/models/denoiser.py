@@ -26,6 +26,7 @@ from specstream.models.noise_schedule import (
 )
 from specstream.models.patch_transformer import PatchTransformer
 from specstream.models.spread_network import SpreadNetwork
+from specstream.models.text_conditions import short_condition
 from specstream.transitions import Prediction, StepGrid, data_estimate
 
 FORM = "denoiser.json"
@@ -68,6 +69,8 @@ class Denoiser(nn.Module):
         shape: of a state, S.
         prediction: what the network returns.
         clip: estimates of the data are cut to -clip..clip; None: they are left alone.
+        guidance: of the target that it was trained to agree with; it is in the weights, so a
+            caller's own is left out.  None: a caller's counts.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Denoiser(nn.Module):
         shape: Sequence[int],
         prediction: Prediction = Prediction.FLOW,
         clip: float | None = None,
+        guidance: float | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -84,6 +88,7 @@ class Denoiser(nn.Module):
         self.shape = tuple(shape)
         self.prediction = prediction
         self.clip = clip
+        self.guidance = guidance
         self.other_shapes: tuple[tuple[int, ...], ...] = ()  # that it was trained on too
         self.path: str | None = None
         self._spread: SpreadNetwork | None = None
@@ -132,7 +137,8 @@ class Denoiser(nn.Module):
         """Return the estimate of the data, float32 (R, *S), at states that stand at `steps` (R,).
 
         With a `guidance` w other than 1 the output is that without a condition plus w times what
-        the condition changes (Ho and Salimans 2022), at the cost of twice the rows.
+        the condition changes (Ho and Salimans 2022), at the cost of twice the rows.  Of what a
+        target of `diffusers` is told, a network of this package hears the short form.
         """
         return self.evaluate(states, steps, grid, condition, guidance).estimates
 
@@ -153,7 +159,9 @@ class Denoiser(nn.Module):
         """
         assert rest is None or reads is Reads.REST
         times = grid.times[steps].float()
-        guided = guidance != 1 and bool(condition)
+        if isinstance(self.network, PatchTransformer):
+            condition = short_condition(condition or {})
+        guided = guidance != 1 and bool(condition) and self.guidance is None
         if guided:
             assert condition is not None
             nothing = {name: self.unconditional(name, value) for name, value in condition.items()}
@@ -219,6 +227,8 @@ class Denoiser(nn.Module):
             "prediction": self.prediction.value,
             "clip": self.clip,
         }
+        if self.guidance is not None:
+            form["guidance"] = self.guidance
         if self.other_shapes:
             form["other_shapes"] = [list(shape) for shape in self.other_shapes]
         (folder / FORM).write_text(json.dumps(form, indent=2) + "\n")
@@ -283,7 +293,11 @@ def read_denoiser(path: str | Path, device: str | torch.device = "cpu") -> Denoi
         for shape in (form["shape"], *form.get("other_shapes", ())):
             check_shape(network, shape)
         check_clip(form.get("clip"))
-        denoiser = Denoiser(network, schedule, form["shape"], prediction, form.get("clip"))
+        guidance = None if form.get("guidance") is None else float(form["guidance"])
+        if guidance is not None and not math.isfinite(guidance):
+            raise ValueError(f"guidance must be a finite number, got {guidance}")
+        told = (form["shape"], prediction, form.get("clip"), guidance)
+        denoiser = Denoiser(network, schedule, *told)
         denoiser.other_shapes = tuple(tuple(shape) for shape in form.get("other_shapes", ()))
     denoiser.path = str(path)
     return denoiser.to(device)

@@ -28,6 +28,7 @@ from specstream.training.sampling import HeldOutSampling
 from specstream.training.self_speculative import SelfSpeculativeModule
 from specstream.training.step_losses import RejectionProbability, SquaredError
 from specstream.training.streaming import StreamingModule
+from specstream.training.trajectories import TargetTrajectories
 from specstream.training.wandb_run import WandbRun
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "SquaredError",
     "StreamingModule",
     "SummedLossModule",
+    "TargetTrajectories",
     "WandbRun",
     "WarmupCosine",
     "WeightAveraging",

@@ -2,9 +2,11 @@
 
 A target learns what its network predicts at a random noise level (Ho et al. 2020; for flows
 Lipman et al. 2023); a drafter learns the target's own output there, which is less noisy than the
-data and is what its drafts are compared with.
+data and is what its drafts are compared with.  For a target of `diffusers` there are no data but
+captions: its drafter learns what the guided target says on its own trajectories, and holds that
+guidance in its weights.
 
-Shapes: B rows, S the shape of a state.
+Shapes: B rows, N steps, W states of a row, S the shape of a state.
 """
 
 from __future__ import annotations
@@ -23,14 +25,25 @@ from specstream.drafters.denoising import IndependentDenoiser
 from specstream.drafters.state_loading import save_state_drafter
 from specstream.files import replaced_folder
 from specstream.media_processor import MediaProcessor
-from specstream.models.denoiser import Denoiser, load_denoiser
+from specstream.models.denoiser import Denoiser
 from specstream.models.noise_schedule import FlowSchedule, NoiseSchedule
 from specstream.models.patch_transformer import PatchTransformer
+from specstream.models.pretrained_denoiser import PretrainedDenoiser
+from specstream.models.text_conditions import short_condition
 from specstream.sampling import Noise, Role
 from specstream.training.base import Batch, LossSum, SummedLossModule
+from specstream.training.captions import (
+    EncodedCaptions,
+    frozen_target,
+    log_samples,
+    read_captions,
+)
 from specstream.training.optimization import Schedule
 from specstream.training.sampling import HeldOutSampling
+from specstream.training.step_losses import step_distances
+from specstream.training.trajectories import TargetTrajectories, TrajectorySource
 from specstream.transitions import Prediction, data_estimate, network_output
+from specstream.verification.gaussian import step_acceptance
 
 
 def condition_of(batch: Batch) -> dict[str, Tensor]:
@@ -56,11 +69,15 @@ class DenoisingModule(SummedLossModule):
     """Trains a `PatchTransformer` as a diffusion model, from data or from a `target`.
 
     Args:
-        network: the network; its channels are those of the data.
+        network: the network; its channels are those of the data, or of the target's latents.
         noise_schedule: noise levels; a drafter takes its target's.
         prediction: what the network predicts.
-        target: folder of a trained diffusion model; the run is then that of a drafter.
-        class_dropout: share of rows whose class or text is hidden, so that guidance can be used.
+        target: a trained diffusion model: its folder, also of a pipeline of `diffusers`, or a
+            `PretrainedDenoiser` with options; the run is then that of a drafter.  For a model of
+            `diffusers` the data are captions.
+        class_dropout: share of rows whose class or text is hidden, so that guidance can be used;
+            None: 0.1, of captions, where guidance is learned, none.
+        trajectories: of a target of `diffusers`, which the drafter learns on; None: the defaults.
         decoding: what validation samples; None: nothing.
     """
 
@@ -69,26 +86,54 @@ class DenoisingModule(SummedLossModule):
         network: PatchTransformer,
         noise_schedule: NoiseSchedule | None = None,
         prediction: Prediction = Prediction.FLOW,
-        target: str | None = None,
-        class_dropout: float = 0.1,
+        target: str | Denoiser | None = None,
+        class_dropout: float | None = None,
+        trajectories: TargetTrajectories | None = None,
         decoding: HeldOutSampling | None = None,
         optimizer: OptimizerCallable = AdamW,
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__(optimizer, schedule)
-        if not 0 <= class_dropout <= 1:
+        self.class_dropout = 0.1 if class_dropout is None else class_dropout
+        if not 0 <= self.class_dropout <= 1:
             raise ValueError(f"class_dropout must be in [0, 1], got {class_dropout}")
-        self.class_dropout = class_dropout
         self.decoding = decoding
-        self.target = None if target is None else load_denoiser(target)
+        self.target = None if target is None else frozen_target(target)
         if self.target is not None:
-            self.target.eval().requires_grad_(False)
             if noise_schedule not in (None, self.target.schedule):
                 raise ValueError("a drafter takes its target's levels: leave out noise_schedule")
             noise_schedule = self.target.schedule
         self.denoiser = Denoiser(network, noise_schedule or FlowSchedule(), (), prediction)
+        self.captions: EncodedCaptions | None = None
+        self.trajectories: TrajectorySource | None = None
+        if isinstance(self.target, PretrainedDenoiser):
+            if class_dropout:
+                raise ValueError("class_dropout: a drafter of captions learns guidance itself")
+            self._learn_from(self.target, trajectories or TargetTrajectories())
+        elif trajectories is not None:
+            raise ValueError("trajectories: these are drawn of a diffusers target only")
+
+    def _learn_from(self, target: PretrainedDenoiser, use: TargetTrajectories) -> None:
+        if self.decoding is not None:
+            self.decoding.check_drafts(use.num_steps, use.eta, use.guidance)
+        sampler = (use.num_steps, use.eta, use.guidance)
+        self.trajectories = TrajectorySource(target, *sampler, use.keep)
+        self.states_per_row, self.denoiser.guidance = use.states_per_row, use.guidance
 
     def on_fit_start(self) -> None:
+        if self.target is not None:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            guidance = 1.0 if self.trajectories is None else self.trajectories.guidance
+            self.captions = read_captions(self.target, data, guidance, self.decoding)
+        if self.captions is not None:
+            assert self.target is not None
+            told = (self.captions.num_classes, self.captions.text_size)
+            check_states(self.denoiser.network, self.target.shape, *told)
+            self.denoiser.shape = self.target.shape
+        else:
+            self._check_media()
+
+    def _check_media(self) -> None:
         data = media_data(self.trainer)
         shape = data.shape
         if self.decoding is not None:
@@ -103,6 +148,41 @@ class DenoisingModule(SummedLossModule):
             check_network(self.target.network, data, "model.target")
 
     def loss(self, batch: Batch) -> LossSum:
+        if self.trajectories is None:
+            return self._media_loss(batch)
+        return self._trajectory_loss(batch, self.trajectories)
+
+    def _trajectory_loss(self, batch: Batch, source: TrajectorySource) -> LossSum:
+        assert self.captions is not None
+        keys, grid = batch["keys"], source.grid.to(self.device)
+        condition = self.captions.of(batch["prompts"])
+        seen = source.of(keys, condition, self)
+        steps, rows = self._places(keys, grid.num_steps)
+        states, wanted = seen.states[steps, rows], seen.estimates[steps, rows]
+        told = {name: value[rows] for name, value in short_condition(condition).items()}
+        levels = grid.alphas[steps], grid.sigmas[steps]
+        said = self.denoiser.output(states, grid.times[steps].float(), told)
+        aim = network_output(wanted, states, *levels, self.denoiser.prediction)
+        losses = (said - aim).square().flatten(1).mean(1)
+        guess = data_estimate(said.detach(), states, *levels, self.denoiser.prediction)
+        delta = step_distances(guess - wanted, steps, grid, source.eta)
+        real = batch["real"][rows].to(losses)
+        metrics = {"acceptance": step_acceptance(delta), "delta": delta}
+        sums = {name: (value * real).sum() for name, value in metrics.items()}
+        return LossSum((losses * real).sum(), real.sum(), sums)
+
+    def _places(self, keys: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+        """Return the steps (W * B,) that are learned and their rows, no step of a row twice.
+
+        The last step has no law, and so no draft.
+        """
+        numbers = torch.arange(num_steps - 1, device=keys.device).expand(len(keys), -1)
+        order = self.epoch_noise().uniform(keys, numbers, Role.ORDER).argsort(1)
+        steps = order[:, : self.states_per_row].T  # (W, B)
+        rows = torch.arange(len(keys), device=keys.device).expand_as(steps)
+        return steps.flatten(), rows.flatten()
+
+    def _media_loss(self, batch: Batch) -> LossSum:
         states, noise = batch["states"], self.epoch_noise()
         keys = batch["keys"]
         element = torch.zeros_like(keys)[:, None]
@@ -128,11 +208,10 @@ class DenoisingModule(SummedLossModule):
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         if self.decoding is not None:
-            processor = self.trainer.datamodule.processor  # type: ignore[attr-defined]
             guidance = self.decoding.guidance
             drafter = None if self.target is None else IndependentDenoiser(self.denoiser, guidance)
-            found = self.decoding.run(self, self.target or self.denoiser, drafter, processor)
-            self.log_dict(found, rank_zero_only=True)
+            target = self.target or self.denoiser
+            log_samples(self, self.decoding, target, drafter, self.captions)
 
     def export(self, run: Path, processor: MediaProcessor) -> Path:  # type: ignore[override]
         if self.target is None:
@@ -160,11 +239,22 @@ def media_data(trainer: L.Trainer) -> Any:
 
 def check_network(network: nn.Module, data: Any, name: str = "model.network") -> None:
     """Raise ValueError where a diffusion model's network does not fit the data."""
-    processor, colours = data.processor, data.shape[0]
-    channels = {"in_channels": colours, "out_channels": colours, "num_times": 1, "feature_size": 0}
+    told = len(data.processor.classes), data.processor.text_size
     for shape in data.shapes:
-        told = len(processor.classes), processor.text_size
-        check_sizes(network, channels, shape[1:], *told, name)
+        check_states(network, shape, *told, name)
+
+
+def check_states(
+    network: nn.Module,
+    shape: Sequence[int],
+    num_classes: int,
+    text_size: int,
+    name: str = "model.network",
+) -> None:
+    """Raise ValueError where a diffusion model's network does not fit states of a shape, S."""
+    colours, *grid = shape
+    channels = {"in_channels": colours, "out_channels": colours, "num_times": 1, "feature_size": 0}
+    check_sizes(network, channels, grid, num_classes, text_size, name)
 
 
 def check_sizes(

@@ -60,6 +60,31 @@ class KeptTrajectories:
         )
 
 
+@dataclass(frozen=True)
+class TargetTrajectories:
+    """How trajectories of a target are drawn, and how much is learned from each.
+
+    Args:
+        num_steps, eta, guidance: of the sampler to draft for.
+        states_per_row: states that are used of each trajectory, none of them twice.
+        keep: draw the trajectory of each example in its first epoch only, and keep it in the
+            memory of its process: 2 N states each.
+    """
+
+    num_steps: int = 50
+    eta: float = 1.0
+    guidance: float = 1.0
+    states_per_row: int = 8
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        check_sampler(self.num_steps, self.eta, self.guidance)
+        if not 1 <= self.states_per_row < self.num_steps:
+            raise ValueError(
+                f"states_per_row must be in 1..{self.num_steps - 1}, got {self.states_per_row}"
+            )
+
+
 class TrajectorySource:
     """Where a training has the trajectories of its target from.
 
