@@ -243,7 +243,7 @@ def test_a_student_of_two_experts_learns_in_both(
     states, steps = torch.randn(2, *target.shape), torch.tensor([0, 3])
     asked = (states, steps, module.grid, target.condition(["", ""]))
     said = module.student(*asked)
-    assert torch.equal(found(*asked), said)
+    assert torch.allclose(found(*asked), said, atol=1e-4)  # gradients may take other kernels
     assert ((said - target(*asked)).flatten(1).abs().amax(1) > 0).all()
 
 
