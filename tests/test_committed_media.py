@@ -1,4 +1,4 @@
-"""The committed diffusion model of digits and its drafters: fewer rounds, and the same law."""
+"""The committed diffusion models and their drafters: fewer rounds, and the same law."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from specstream.cli import generate
+from specstream.data.sounds import pitch
 from specstream.drafters import FrozenEstimate
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.lengths import FixedLength
@@ -46,6 +47,27 @@ def test_trained_drafts_keep_the_law_in_fewer_rounds_than_free_ones(
         assert energy_test(drafted, plain).p_value > 0.01
         rounds[run] = pipeline.stats.full_rounds / SAMPLES
     assert rounds["digits-residual"] < 0.8 * rounds["digits"] < STEPS / 2  # of the free estimate
+
+
+def test_drafted_tones_have_their_pitch_in_fewer_rounds_than_with_free_drafts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    notes, rounds = torch.arange(8), {}
+    for run, free in (("tones", "estimate"), ("tones-residual", None)):
+        options = SamplerOptions(num_steps=STEPS, free_draft=free, window=WINDOW)  # type: ignore[arg-type]
+        found = load_media_run(f"checkpoints/{run}", options, "cpu")
+        drafted = found.pipeline.complete(len(notes), {"classes": notes}, seed=1)
+        rounds[run] = found.pipeline.stats.full_rounds
+    assert rounds["tones-residual"] < 0.9 * rounds["tones"]
+    form = found.processor
+    assert form.spectrogram is not None
+    sounds = form.spectrogram.sound(drafted, form.sample_rate)[:, 0]
+    shape = torch.hann_window(sounds.shape[1])
+    spectra = torch.fft.rfft(sounds * shape, n=form.sample_rate).abs()  # a number for each Hz
+    heard = 180 + spectra[:, 180:400].argmax(1)  # overtones begin at 440 Hz
+    asked = torch.tensor([pitch(int(note)) for note in notes])
+    assert (12 * (heard / asked).log2()).abs().max() < 0.5  # half tones
 
 
 def test_generate_samples_with_a_cache_of_the_targets_blocks(tmp_path: Path) -> None:
