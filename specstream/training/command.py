@@ -182,7 +182,7 @@ def check_numbers(trainer: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> 
     numbers = {"trainer.gradient_clip_val": trainer["gradient_clip_val"]}
     numbers |= {f"checkpoint.{name}": checkpoint[name] for name in ("every_steps", "every_minutes")}
     for name, value in numbers.items():
-        if value is not None and value < 0:
+        if value is not None and not value >= 0:  # nan neither
             raise ValueError(f"config error: {name}: must be 0 or more, got {value}")
 
 

@@ -36,14 +36,14 @@ def check_model_blocks(model: Namespace, sequence_length: int | None, run: Path)
     Of fresh models all is known, of those in folders what their config.json says.  A masked target
     needs a name for the model beside it to be loaded with, and no target lies in the run's way.
     """
+    for path in target_folders(model):
+        check_apart(path, run)
     blocks = list(model_blocks(model))
     drafts = any(block.role == "model" and block.class_name in MASKED for block in blocks)
     for block in blocks:
         path = str(block.arguments.get("path", ""))
         if block.role == "target" and block.class_name in MASKED and drafts:
             check_named(block.class_name, path)
-        if block.role == "target":
-            check_apart(path, run)
         room = fresh_room(block) if block.class_name in FRESH else stored_room(block)
         if room is not None and sequence_length is not None and sequence_length > room:
             raise ValueError(
@@ -74,6 +74,19 @@ def model_blocks(node: Any, role: str = "model") -> Iterator[ModelBlock]:
         return
     for key, part in vars(node).items():
         yield from model_blocks(part, key if key in ("target", "drafter") else role)
+
+
+def target_folders(node: Any, key: str = "") -> Iterator[str]:
+    """Find the folders of targets in a config: of a block with a path, or named alone."""
+    if key == "target" and isinstance(node, str):
+        yield node
+    if not isinstance(node, Namespace):
+        return
+    inner = node.get("init_args")
+    if key == "target" and isinstance(inner, Namespace) and inner.get("path"):
+        yield str(inner["path"])
+    for name, part in vars(node).items():
+        yield from target_folders(part, name)
 
 
 def fresh_room(block: ModelBlock) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from specstream.drafters.denoising import StateDrafter
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
-from specstream.generation.lengths import FixedLength
+from specstream.generation.lengths import MAX_DRAFT, FixedLength
 from specstream.media_processor import MediaProcessor
 from specstream.models.denoiser import Denoiser
 from specstream.models.noise_schedule import check_steps
@@ -52,7 +52,8 @@ class HeldOutSampling:
             raise ValueError(f"eta must be in [0, 1], got {self.eta}")
         if not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be a finite number, got {self.guidance}")
-        FixedLength(self.window)  # what it refuses is refused here
+        if not 0 <= self.window <= MAX_DRAFT:
+            raise ValueError(f"window must be in 0..{MAX_DRAFT}, got {self.window}")
 
     def check(self, processor: MediaProcessor) -> None:
         """Raise ValueError for media that cannot be written, or a guidance that has no class."""

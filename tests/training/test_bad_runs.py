@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -202,6 +203,7 @@ MEDIA_MISTAKES = [
     (("model.decoding.num_samples", "1000000000000"), "num_samples must be in 1..10000, got 1000"),
     (("model.decoding.num_steps", "1000000000000"), "must be in 1..100000, got 1000000000000"),
     (("model.decoding.guidance", ".nan"), "guidance must be a finite number, got nan"),
+    (("model.decoding.window", "65"), "window must be in 0..64, got 65"),
 ]
 
 
@@ -216,3 +218,28 @@ def test_media_and_models_that_do_not_fit_leave_no_run(
     given += ["--data.prompts", "[a]"] if name == "data" else []
     assert what in line_of(capsys, *given)
     assert not run.exists()
+
+
+@pytest.mark.parametrize("config", ["digits-residual", "digits-independent", "digits-student"])
+def test_a_run_in_the_way_of_a_target_of_media_is_refused(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = shutil.copytree("checkpoints/digits", tmp_path / "digits")
+    given = ["--config", f"configs/train/{config}.yaml", "--model.target", str(home / "model")]
+    line = line_of(capsys, *given, "--run", str(home), "--overwrite", "true")
+    assert line.startswith(f"error: run: {home} holds the target")
+    line = line_of(capsys, *given, "--run", str(home / "model" / "run"))
+    assert f"is in the folder of the target '{home / 'model'}'" in line
+    assert (home / "model").is_dir() and not (home / "model" / "run").exists()
+
+
+NUMBERS = ["trainer.gradient_clip_val", "checkpoint.every_minutes"]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_is_no_number_is_not_0_or_more(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--config", "configs/train/digits.yaml", "--run", str(tmp_path / "run")]
+    line = line_of(capsys, *given, f"--{name}", ".nan")
+    assert line == f"config error: {name}: must be 0 or more, got nan"
