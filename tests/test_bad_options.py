@@ -84,6 +84,25 @@ def test_mps_where_it_is_not_is_one_line(
     assert parse_options(options).device == "mps"
 
 
+def test_a_folder_that_may_not_be_written_is_said_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    for name, file in (("output", tmp_path / "x.png"), ("stats", tmp_path / "x.json")):
+        line = line_of(
+            capsys,
+            "--target",
+            "PretrainedDenoiser",
+            "--target.path",
+            "x",
+            "--prompt",
+            "a",
+            f"--{name}",
+            str(file),
+        )
+        assert line == f"config error: {name}: no permission to write in '{tmp_path}'"
+
+
 def test_statistics_are_replaced_only_when_asked(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -289,8 +289,61 @@ def test_mistakes_are_one_line(
     assert "guidance is the weight of a prompt, and its target takes none" in refusal(
         target=str(models / "alone"), guidance=2.0
     )
+    for window in (-1, 65):
+        free = method("FreeDraft", "far", draft="estimate", window=window)
+        assert f"window must be in 0..64, got {window}" in refusal(PLAIN, free)
+    for name in ("nobody", "free"):  # what stands behind a method was not measured before it
+        equal = method("EqualRounds", "equal", method=name)
+        line = refusal(PLAIN, equal, FREE)
+        assert f"method 'equal': there is no method '{name}' before it; there are plain" in line
+    equal = method("EqualRounds", "equal", method="free", eta=3.0)
+    assert "method 'equal': eta must be in [0, 1], got 3.0" in refusal(PLAIN, FREE, equal)
+    vague = method("Refined", "refined", threshold=float("nan"))
+    assert "refinement_threshold must be a finite number, got nan" in refusal(PLAIN, vague)
+    assert "no method or solver is left" in refusal(words=["--study.methods", "[]"])
     long = method("TrainedDraft", "long", run=str(models / "window"), window=5)
     assert "guesses 4 steps at once, not 5" in refusal(PLAIN, long)
+
+
+WRONG_SOLVERS = [
+    (method("SolverSteps", "x", num_steps=[0]), "the number of denoising steps must be in 1..1000"),
+    (method("AcceptByError", "x", tolerances=[-1.0]), "tolerance must be at least 0, got -1.0"),
+    (method("AcceptByError", "x", order=2), "order must be 0 or 1, got 2"),
+    (method("AcceptByError", "x", window=65), "window must be in 0..64, got 65"),
+    (method("Picard", "x", window=0), "window must be in 1..64, got 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("solver", "what"), WRONG_SOLVERS)
+def test_solvers_are_built_before_anything_is_measured(
+    solver: dict[str, Any],
+    what: str,
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "never.json"
+    config = write_study(tmp_path, toy(models), [PLAIN], solvers=[solver])
+    assert main(["--config", config, "--output", str(output)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert what in line and not output.exists()
+
+
+def test_results_go_into_a_json_file_of_a_folder(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_study(tmp_path, toy(models), [PLAIN])
+    (tmp_path / "file").write_text("mine")
+    for output, what in (
+        (config, "is not named as a .json file"),
+        (f"{tmp_path}/x.txt", "is not named as a .json file"),
+        (f"{tmp_path}/file/x.json", f"'{tmp_path}/file' is no folder"),
+        (f"{tmp_path}/file/far/x.json", f"'{tmp_path}/file' is no folder"),
+    ):
+        assert main(["--config", config, "--output", output, "--overwrite", "true"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("config error: output: ") and what in line
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_samples_that_are_no_numbers_get_no_row(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -75,6 +76,7 @@ def run(arguments: list[str]) -> int:
     if parsed.study is None:
         raise ConfigError("config error: study: give a --config, configs/benchmark holds examples")
     output = _output(parsed.output, arguments)
+    check_place(output)
     if output.exists() and not parsed.overwrite:
         raise ConfigError(
             f"config error: output: '{output}' exists; give --overwrite true to replace it, or "
@@ -114,6 +116,19 @@ def publish(output: Path, rows: Sequence[Row]) -> None:
     plots = write_plots(output, plain)
     print_tables(plain)
     say(f"wrote {output}" + "".join(f", {path.name}" for path in plots))
+
+
+def check_place(output: Path) -> None:
+    """Raise ConfigError for results that could not be written once they are measured."""
+    if output.suffix != ".json":
+        raise ConfigError(f"config error: output: '{output}' is not named as a .json file")
+    present = next(path for path in output.absolute().parents if path.exists())
+    if not present.is_dir():
+        raise ConfigError(f"config error: output: '{present}' is no folder")
+    if output.is_dir():
+        raise ConfigError(f"config error: output: '{output}' is a folder, not a file")
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise ConfigError(f"config error: output: no permission to write in '{present}'")
 
 
 def _output(given: str | None, arguments: Sequence[str]) -> Path:

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from specstream.benchmark.media_methods import MediaModels, MediaSetting
-from specstream.generation import FixedLength
 from specstream.generation.accept_by_error import AcceptByErrorPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
+from specstream.generation.media_loading import drafted_lengths
 from specstream.generation.picard import PicardPipeline
 from specstream.generation.solvers import AdamsBashforth2, Euler, Solver, SolverPipeline
 from specstream.generation.step_caching import StepCachePipeline
@@ -104,7 +104,7 @@ class AcceptByError(SolverCurve):
                 self.order,
                 retake=self.retake,
                 guidance=setting.guidance,
-                lengths=FixedLength(self.window),
+                lengths=drafted_lengths(None, self.window),
                 batch_size=setting.batch_size,
                 solver=self.solver,
             )

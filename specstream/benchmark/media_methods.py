@@ -235,6 +235,8 @@ class EqualRounds(SamplingMethod):
     kind = "equal rounds"
 
     def __post_init__(self) -> None:
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ValueError(f"method '{self.name}': eta must be in [0, 1], got {self.eta}")
         if self.solver is not None and self.eta != 0:
             raise ValueError(f"method '{self.name}': a solver is of the sampler with eta 0")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specstream.benchmark.media_checks import check_counts, check_finite
+from specstream.benchmark.media_checks import check_compared, check_counts, check_finite
 from specstream.benchmark.media_curves import SolverCurve
 from specstream.benchmark.media_methods import (
     EqualRounds,
@@ -192,8 +192,11 @@ class MediaStudy(Study):
             if reason is None:
                 task.check()
                 self._check_methods(task)
+        check_compared(self.methods)
         if not self._tasks:
             raise ValueError("no task is left to measure")
+        if not any(self._methods(task) or self._curves(task) for task in self._tasks):
+            raise ValueError("no method or solver is left to measure")
         find_device(self.device)
 
     def _check_methods(self, task: MediaTask) -> None:
@@ -258,6 +261,14 @@ class MediaStudy(Study):
             for method in self._methods(task):
                 if not isinstance(method, EqualRounds) and method.refusal(setting) is None:
                     method.pipeline(models, setting)
+        for curve in self._curves(task):
+            list(curve.points(models, self._solved_setting(task)))
+
+    def _curves(self, task: MediaTask) -> list[SolverCurve]:
+        return [curve for curve in self.solvers if self._is_asked(curve, task)]
+
+    def _solved_setting(self, task: MediaTask) -> MediaSetting:
+        return MediaSetting(self.solver_steps, 0.0, task.guidance, task.batch_size)
 
     def measure(
         self,
@@ -336,10 +347,10 @@ class MediaStudy(Study):
         self, task: MediaTask, models: MediaModels, held_out: Tensor, machine: Machine
     ) -> list[SolverRow]:
         """Solve the deterministic sampler in every way, and hold it beside the solution."""
-        curves = [curve for curve in self.solvers if self._is_asked(curve, task)]
+        curves = self._curves(task)
         if not curves:
             return []
-        setting = MediaSetting(self.solver_steps, 0.0, task.guidance, task.batch_size)
+        setting = self._solved_setting(task)
         prompts = models.prompts(task.num_solved, self.seed)
         exact = SolverPipeline(
             models.target,

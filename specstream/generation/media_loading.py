@@ -32,7 +32,7 @@ from specstream.generation.consistency import ConsistencyPipeline
 from specstream.generation.decoded_score import quality_score
 from specstream.generation.denoising import DenoisingPipeline
 from specstream.generation.denoising_sampler import DenoisingSampler
-from specstream.generation.lengths import CostModelLength, DraftLength, FixedLength
+from specstream.generation.lengths import MAX_DRAFT, CostModelLength, DraftLength, FixedLength
 from specstream.generation.loading import Quantized, find_device, spread_devices
 from specstream.generation.media_quantization import quantize_denoisers
 from specstream.generation.picard import PicardPipeline
@@ -350,6 +350,8 @@ def deterministic_sampler(target: Denoiser, options: SamplerOptions, size: int) 
 def drafted_lengths(drafter: StateDrafter | None, window: Window | None) -> DraftLength:
     """Return how many steps are drafted in a round; ValueError for more than the drafter can."""
     most = WINDOW
+    if isinstance(window, int) and not 0 <= window <= MAX_DRAFT:
+        raise ValueError(f"window must be in 0..{MAX_DRAFT}, got {window}")
     if isinstance(drafter, WindowDenoiser):
         most = min(WINDOW, drafter.num_steps)
         if isinstance(window, int) and window > drafter.num_steps:

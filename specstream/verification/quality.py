@@ -9,6 +9,7 @@ regions of an image.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,6 +39,10 @@ class AdaptiveThreshold:
     def __post_init__(self) -> None:
         if self.neighbours < 0:
             raise ValueError(f"neighbours must be at least 0, got {self.neighbours}")
+        if not math.isfinite(self.refinement_threshold):
+            raise ValueError(
+                f"refinement_threshold must be a finite number, got {self.refinement_threshold}"
+            )
 
     def __call__(self, scores: Tensor, made: Tensor | None = None) -> Tensor:
         """Return the parts to refine, bool (B, *G), for scores (B, *G): higher is worse.

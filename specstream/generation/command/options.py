@@ -254,6 +254,8 @@ def _check_paths(options: Options) -> None:
             wrong(name, f"'{path}' is a folder, not a file")
         if path is not None and Path(path).exists() and not Path(path).is_file():
             wrong(name, f"'{path}' is a device or the like, not a file")
+        if path is not None and not os.access(Path(path).absolute().parent, os.W_OK | os.X_OK):
+            wrong(name, f"no permission to write in '{Path(path).parent}'")
     read = {f"media.{name}": path for name, path in asdict(options.media.given).items()}
     files = read | {n: getattr(options, n) for n in ("prompts", "output", "stats")}
     given = [(name, path) for name, path in files.items() if path is not None]
