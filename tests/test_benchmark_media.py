@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import pytest
 import torch
 
 from specstream.benchmark import (
+    AcceptByError,
     EqualRounds,
     FreeDraft,
     MediaStudy,
     MediaTask,
     PlainSteps,
+    Refined,
     TrainedDraft,
 )
 from specstream.benchmark.cells import markdown
-from specstream.benchmark.command import main
+from specstream.benchmark.command import check_place, main
 from specstream.benchmark.media_methods import MediaModels, MediaSetting
 from specstream.benchmark.readme import render
 from specstream.benchmark.results_page import read_results, render_page
@@ -263,15 +266,6 @@ def test_mistakes_are_one_line(
     assert "etas must be above 0" in refusal(etas=[0.0])
     assert "num_steps must be at least 2" in refusal(num_steps=[1])
     assert "validation_fraction must be above 0" in refusal(validation_fraction=0.0)
-    for name in ("num_samples", "num_solved", "batch_size"):
-        assert f"{name} must be at most 100000, got 1000000000" in refusal(**{name: 10**9})
-    for guidance in (float("nan"), float("inf")):
-        assert f"guidance must be a finite number, got {guidance}" in refusal(guidance=guidance)
-    few = "toy': training held out 0 samples, and the laws of two or more are compared"
-    assert few in refusal(validation_fraction=1e-9)
-    for name in ("num_permutations", "timed_samples", "repeats"):
-        words = [f"--study.{name}", "1000000000"]
-        assert f"{name} must be at most 100000, got 1000000000" in refusal(words=words)
     assert "no PlainSteps method without options" in refusal(FREE)
     data = {"class_path": "tests.media_toys.Flickers", "init_args": {"size": 6}}
     assert "the target's states are [1, 2, 4, 4], the data's [1, 2, 6, 6]" in refusal(data=data)
@@ -289,61 +283,37 @@ def test_mistakes_are_one_line(
     assert "guidance is the weight of a prompt, and its target takes none" in refusal(
         target=str(models / "alone"), guidance=2.0
     )
-    for window in (-1, 65):
-        free = method("FreeDraft", "far", draft="estimate", window=window)
-        assert f"window must be in 0..64, got {window}" in refusal(PLAIN, free)
-    for name in ("nobody", "free"):  # what stands behind a method was not measured before it
-        equal = method("EqualRounds", "equal", method=name)
-        line = refusal(PLAIN, equal, FREE)
-        assert f"method 'equal': there is no method '{name}' before it; there are plain" in line
-    equal = method("EqualRounds", "equal", method="free", eta=3.0)
-    assert "method 'equal': eta must be in [0, 1], got 3.0" in refusal(PLAIN, FREE, equal)
-    vague = method("Refined", "refined", threshold=float("nan"))
-    assert "refinement_threshold must be a finite number, got nan" in refusal(PLAIN, vague)
-    assert "no method or solver is left" in refusal(words=["--study.methods", "[]"])
     long = method("TrainedDraft", "long", run=str(models / "window"), window=5)
     assert "guesses 4 steps at once, not 5" in refusal(PLAIN, long)
 
 
-WRONG_SOLVERS = [
-    (method("SolverSteps", "x", num_steps=[0]), "the number of denoising steps must be in 1..1000"),
-    (method("AcceptByError", "x", tolerances=[-1.0]), "tolerance must be at least 0, got -1.0"),
-    (method("AcceptByError", "x", order=2), "order must be 0 or 1, got 2"),
-    (method("AcceptByError", "x", window=65), "window must be in 0..64, got 65"),
-    (method("Picard", "x", window=0), "window must be in 1..64, got 0"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("solver", "what"), WRONG_SOLVERS)
 def test_solvers_are_built_before_anything_is_measured(
-    solver: dict[str, Any],
-    what: str,
-    models: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "never.json"
-    config = write_study(tmp_path, toy(models), [PLAIN], solvers=[solver])
+    output, late = tmp_path / "never.json", method("Picard", "late", window=0)
+    config = write_study(tmp_path, toy(models), [PLAIN], solvers=[late])
     assert main(["--config", config, "--output", str(output)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert what in line and not output.exists()
+    assert line == "error: window must be in 1..64, got 0" and not output.exists()
 
 
 def test_results_go_into_a_json_file_of_a_folder(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = write_study(tmp_path, toy(models), [PLAIN])
     (tmp_path / "file").write_text("mine")
-    for output, what in (
-        (config, "is not named as a .json file"),
-        (f"{tmp_path}/x.txt", "is not named as a .json file"),
-        (f"{tmp_path}/file/x.json", f"'{tmp_path}/file' is no folder"),
-        (f"{tmp_path}/file/far/x.json", f"'{tmp_path}/file' is no folder"),
+    (tmp_path / "x.json").mkdir()
+    for output, line in (
+        ("study.yaml", "'.*study.yaml' is not named as a .json file"),
+        ("file/x.json", "'.*file' is no folder"),
+        ("file/far/x.json", "'.*file' is no folder"),
+        ("x.json", "'.*x.json' is a folder, not a file"),
     ):
-        assert main(["--config", config, "--output", output, "--overwrite", "true"]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("config error: output: ") and what in line
-    assert (tmp_path / "file").read_text() == "mine"
+        with pytest.raises(ValueError, match=f"^config error: output: {line}$"):
+            check_place(tmp_path / output)
+    check_place(tmp_path / "new" / "y.json")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match=f"output: no permission to write in '{tmp_path}'"):
+        check_place(tmp_path / "new" / "y.json")
 
 
 def test_samples_that_are_no_numbers_get_no_row(
@@ -352,7 +322,9 @@ def test_samples_that_are_no_numbers_get_no_row(
     solver = method("SolverSteps", "Euler", num_steps=[4])
     output, task = tmp_path / "never.json", toy(models, guidance=1e300)
     for methods, solvers in (([PLAIN], []), ([], [solver])):
-        config = write_study(tmp_path, task, methods, solvers=solvers)
+        config = write_study(
+            tmp_path, task, methods, solvers=solvers, solver_steps=4, reference_steps=4
+        )
         assert main(["--config", config, "--output", str(output)]) == 2
         line = capsys.readouterr().err.splitlines()[-1]
         assert line.startswith("error: toy: the samples of ") and "not finite" in line
@@ -363,12 +335,43 @@ def test_options_are_checked_where_they_are_given(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a solver is of the sampler with eta 0"):
         EqualRounds("x", "free", solver=AdamsBashforth2())
     gone = MediaTask("gone", str(tmp_path / "gone"), Flickers())
+    for name in ("num_samples", "num_solved", "batch_size"):
+        with pytest.raises(ValueError, match=f"{name} must be at most 100000, got 1000000000"):
+            replace(gone, **{name: 10**9}).check()
+    for guidance in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"guidance must be a finite number, got {guidance}"):
+            replace(gone, guidance=guidance).check()
+    for name in ("num_permutations", "timed_samples", "repeats"):
+        with pytest.raises(ValueError, match=f"{name} must be at most 100000, got 1000000000"):
+            MediaStudy([gone], [PlainSteps()], **{name: 10**9}).check()
+    with pytest.raises(ValueError, match=r"method 'x': eta must be in \[0, 1\], got 3.0"):
+        EqualRounds("x", "free", eta=3.0)
+    for name in ("nobody", "free"):  # what stands behind a method was not measured before it
+        methods = [PlainSteps(), EqualRounds("x", name), FreeDraft("free")]
+        with pytest.raises(ValueError, match=f"'x': there is no method '{name}' before it; there"):
+            MediaStudy([gone], methods, skip_missing=True).check()
     with pytest.raises(ValueError, match="must be at least 1"):
         MediaStudy([gone], [PlainSteps()], repeats=0).check()
     with pytest.raises(ValueError, match=r"'no' is no folder of one \(skip_missing: true"):
         MediaStudy([gone], [PlainSteps()], clip_model="no").check()
     with pytest.raises(ValueError, match="no task is left"):
         MediaStudy([gone], [], skip_missing=True).check()
+
+
+def test_what_a_target_and_its_data_do_not_allow_is_refused(models: Path) -> None:
+    loaded, setting = MediaModels(str(models / "target"), "cpu"), MediaSetting(STEPS, 1.0)
+    task = MediaTask("toy", str(models / "target"), Flickers(), validation_fraction=1e-9)
+    with pytest.raises(ValueError, match="'toy': training held out 0 samples, and the laws of two"):
+        task.check_target(loaded, task.held_out())
+    with pytest.raises(ValueError, match="no method or solver is left to measure"):
+        MediaStudy([task], []).check()
+    for window in (-1, 65):
+        with pytest.raises(ValueError, match=f"window must be in 0..64, got {window}"):
+            FreeDraft("far", window=window).pipeline(loaded, setting)
+        with pytest.raises(ValueError, match=f"window must be in 0..64, got {window}"):
+            list(AcceptByError("far", window=window).points(loaded, setting))
+    with pytest.raises(ValueError, match="refinement_threshold must be a finite number, got nan"):
+        Refined("vague", threshold=float("nan")).pipeline(loaded, setting)
 
 
 def test_a_window_may_be_left_to_measured_costs(models: Path) -> None:
